@@ -1,0 +1,315 @@
+"""Quantizers and quantized layers: the modules that hold learned steps, and their calibration.
+
+The mathematics is in `_lsq.py`. Whether a quantizer is calibrated and signed are Python values that a forward branches on
+without reading a tensor; the buffers `init_state` and `signed` mirror them in checkpoints.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from _lsq import LSQ, Convolution, code_range, codes, fake_quantize, min_step, quantized_product
+
+__all__ = ['ActQ', 'Conv2dQ', 'LinearQ', 'Rule', 'UncalibratedError', 'calibrate', 'clamp_steps_', 'first_batch_rule',
+           'is_calibrated', 'named_quantizers']
+
+SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
+
+
+class UncalibratedError(RuntimeError):
+    """A quantizer was used in evaluation before it had a step."""
+
+
+# --- calibration: how a quantizer gets its first step ------------------------------------------------------------------
+
+# x as (channels, values of that channel), qn, qp -> step and zero point, each a number or of shape (channels,)
+Rule = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def first_batch_rule(x: Tensor, qn: int, qp: int) -> tuple[Tensor, Tensor]:
+    """The published initialisation: one step 2 mean|x| / sqrt(qp) for all channels (Esser et al., Section 2.1), and a
+    tenth of the way from 0 to the zero point that maps min(x) to qn."""
+    step = 2 * x.abs().mean() / qp ** 0.5
+    return step, 0.1 * (x.min() - step * qn)
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean over all processes: gathered and summed in one order, so bit for bit the same on each."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.stack(parts).mean(0)
+
+
+class _Calibrated(nn.Module):
+    """A module with a step `alpha` and the state of its calibration.
+
+    `calibrated` is a Python value for the forward to branch on; the buffer `init_state` (1,) mirrors it in checkpoints.
+    """
+    alpha: nn.Parameter
+    init_state: Tensor
+    calibrated: bool = False
+    _rule: Rule | None = None  # set while `calibrate` waits for this quantizer's first input
+
+    @property
+    def pending(self) -> bool:
+        """Whether the next input, in training or within `calibrate`, is to initialise this quantizer."""
+        return not self.calibrated or self._rule is not None
+
+    def _check_calibrated(self) -> Rule | None:
+        """None for a quantizer that has its steps, else the rule that is to give them now."""
+        if not self.pending:
+            return None
+        if torch.compiler.is_compiling() or not (self.training or self._rule):
+            raise UncalibratedError(f'{type(self).__name__}({self.extra_repr()}) has no step yet: call '
+                                    f'calibrate(model, images), or load a quantized checkpoint, before evaluation or '
+                                    f'torch.compile')
+        return self._rule or first_batch_rule
+
+    @torch.no_grad()
+    def _initialize(self, channels: Tensor, qn: int, qp: int, rule: Rule) -> Tensor:
+        """Sets alpha (and returns the zero point) by `rule`, alike on all ranks. channels: (channels, values)."""
+        step, zero = (_mean_over_ranks(value.to(self.alpha.dtype).expand(self.alpha.shape))
+                      for value in rule(channels, qn, qp))
+        if not (torch.isfinite(step).all() and torch.isfinite(zero).all()):
+            raise ValueError(f'calibration met NaN or infinite values in {type(self).__name__}({self.extra_repr()}): '
+                             f'check the images and the weights')
+        self.alpha.copy_(step.clamp_min(min_step(step.dtype)))
+        self.init_state.fill_(1)
+        self.calibrated, self._rule = True, None
+        return zero
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_host_state()
+
+    def _read_host_state(self) -> None:
+        if not self.init_state.is_meta:
+            self.calibrated = bool(self.init_state.item())
+
+
+# --- the layers --------------------------------------------------------------------------------------------------------
+
+
+class ActQ(_Calibrated):
+    """Quantizer of an activation: one step and one zero point per channel (or one of each per tensor).
+
+    The channel axis is the last of a 2-D (N, C) or 3-D (B, N, C) input and axis 1 of a 4-D one (images: colours; q, k, v
+    and attention: heads). Whether codes are signed is found at calibration.
+
+    Args:
+        channels: number of channels.
+        bits: bits of a code, 2 to 8.
+        granularity: 'channel' (published) or 'tensor', which integer products can factor out.
+    """
+
+    def __init__(self, channels: int, bits: int, granularity: str = 'channel', device=None, dtype=None) -> None:
+        super().__init__()
+        if granularity not in ('channel', 'tensor'):
+            raise ValueError(f"act_granularity '{granularity}' is unknown: use 'channel' or 'tensor'")
+        self.bits, self.granularity, self.signed_codes = _checked_bits(bits), granularity, False
+        steps, dd = channels if granularity == 'channel' else 1, {'device': device, 'dtype': dtype}
+        self.alpha = nn.Parameter(torch.ones(steps, **dd))
+        self.zero_point = nn.Parameter(torch.zeros(steps, **dd))
+        self.register_buffer('init_state', torch.zeros(1, **dd))
+        self.register_buffer('signed', torch.zeros(1, **dd))
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """(qn, qp) of the calibrated quantizer."""
+        return code_range(self.bits, self.signed_codes)
+
+    def lsq(self, x: Tensor) -> LSQ:
+        """The state to quantize x with; initialises it first where that is due."""
+        rule = self._check_calibrated()
+        if rule is not None:
+            self._calibrate(x.detach(), rule)
+        shape = (-1, 1, 1) if x.ndim == 4 else (-1,)
+        return LSQ(self.alpha.view(shape), self.zero_point.view(shape), *self.code_range)
+
+    def _calibrate(self, x: Tensor, rule: Rule) -> None:
+        channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1) if self.granularity == 'channel' else x.reshape(1, -1)
+        below = _mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype))
+        self.signed_codes = bool(below > 0)
+        self.signed.fill_(self.signed_codes)
+        zero = self._initialize(channels.to(self.alpha.dtype), *self.code_range, rule)
+        with torch.no_grad():
+            self.zero_point.copy_(zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.lsq(x))
+
+    @torch.no_grad()
+    def to_int(self, x: Tensor) -> Tensor:
+        """The integer codes of x, int32, in [qn, qp]; (code - round(zero_point)) * alpha is `forward`'s value."""
+        return codes(x, self.lsq(x))
+
+    def _read_host_state(self) -> None:
+        super()._read_host_state()
+        if not self.signed.is_meta:
+            self.signed_codes = bool(self.signed.item())
+
+    def extra_repr(self) -> str:
+        codes = f'range={list(self.code_range)}' if self.calibrated else 'not calibrated'
+        return f'bits={self.bits}, granularity={self.granularity!r}, steps={self.alpha.numel()}, {codes}'
+
+
+class _WeightQuantized(_Calibrated):
+    """What `LinearQ` and `Conv2dQ` share: the weight's quantizer, one step per output channel, always signed.
+
+    In evaluation the quantized weight is computed once and kept until the weight or its steps change: on any in-place
+    operation that autograd sees (an optimizer's step, `copy_`), a load, a move, another dtype, or a switch of mode. Only
+    a write through `.data` in evaluation mode goes unnoticed; `eval()` after it suffices. Compiled graphs compute it anew.
+    """
+    weight: nn.Parameter
+    act: ActQ
+    _evaluated: tuple[tuple, Tensor] | None = None
+
+    def _add_quantizers(self, channels: int, weight_bits: int, act_bits: int, act_granularity: str) -> None:
+        dd = {'device': self.weight.device, 'dtype': self.weight.dtype}
+        self.weight_bits = _checked_bits(weight_bits)
+        self.alpha = nn.Parameter(torch.ones(self.weight.shape[0], **dd))
+        self.register_buffer('init_state', torch.zeros(1, **dd))
+        self.act = ActQ(channels, act_bits, act_granularity, **dd)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """(qn, qp) of the weight."""
+        return code_range(self.weight_bits, signed=True)
+
+    def weight_lsq(self) -> LSQ:
+        """The state to quantize the weight with; initialises it first where that is due."""
+        rule = self._check_calibrated()
+        if rule is not None:
+            self._initialize(self.weight.detach().flatten(1), *self.code_range, rule)
+        return LSQ(self.alpha.view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """w_hat, of the weight's shape, without a gradient."""
+        return fake_quantize(self.weight, self.weight_lsq())
+
+    def _weight_in_evaluation(self) -> Tensor | None:
+        """w_hat as computed before, None where it is to be computed with the product."""
+        if self.training or torch.compiler.is_compiling():
+            return None
+        source = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in (self.weight, self.alpha))
+        if self._evaluated is None or self._evaluated[0] != source:
+            self._evaluated = source, self.quantized_weight()
+        return self._evaluated[1]
+
+    @torch.no_grad()
+    def to_int(self) -> Tensor:
+        """The weight's integer codes, int32, in [qn, qp], of the weight's shape; code * alpha is its quantized value."""
+        return codes(self.weight, self.weight_lsq())
+
+    def train(self, mode: bool = True):
+        self._evaluated = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_evaluated': None}
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, weight_bits={self.weight_bits}, range={list(self.code_range)}' + \
+            ('' if self.calibrated else ', not calibrated')
+
+
+class LinearQ(_WeightQuantized, nn.Linear):
+    """`nn.Linear` with quantized weight and input: (..., in_features) -> (..., out_features)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *,
+                 weight_bits: int, act_bits: int, act_granularity: str = 'channel') -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_quantizers(in_features, weight_bits, act_bits, act_granularity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim > 3:  # the channels of a linear layer are its last axis, also where ActQ would take axis 1
+            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return quantized_product(x, self.weight, self.act.lsq(x), self.weight_lsq(), self.bias,
+                                 w_hat=self._weight_in_evaluation())
+
+
+class Conv2dQ(_WeightQuantized, nn.Conv2d):
+    """`nn.Conv2d` with quantized weight and input: (B, in_channels, H, W) -> (B, out_channels, H', W')."""
+
+    def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.padding_mode != 'zeros' or isinstance(self.padding, str):
+            raise ValueError(f'padding {self.padding!r} ({self.padding_mode}) is not supported: give a number of zeros')
+        self._add_quantizers(self.in_channels, weight_bits, act_bits, act_granularity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = Convolution(self.stride, self.padding, self.dilation, self.groups)
+        return quantized_product(x, self.weight, self.act.lsq(x), self.weight_lsq(), self.bias, conv=conv,
+                                 w_hat=self._weight_in_evaluation())
+
+
+def _checked_bits(bits: int) -> int:
+    if not 2 <= bits <= 8:
+        raise ValueError(f'{bits} bits are not supported: use 2 to 8')
+    return bits
+
+
+# --- whole models ------------------------------------------------------------------------------------------------------
+
+
+def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActQ | LinearQ | Conv2dQ]]:
+    """(name, module) of every module that holds a step, in the order of registration."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, _Calibrated))
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether every quantizer of the model has its steps."""
+    return all(module.calibrated for _, module in named_quantizers(model))
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor, rule: Rule = first_batch_rule) -> None:
+    """Initialises every quantizer from one batch, in forward order, each on inputs that its predecessors quantize.
+
+    To be called before DistributedDataParallel, the optimizer and torch.compile. Under torch.distributed every rank
+    calls it, with its own images: parameters come from rank 0, steps are averaged, so that all ranks end alike.
+
+    Args:
+        model: the unwrapped network; runs in evaluation mode and gets its modes back.
+        images: one batch for `model`, e.g. (B, 3, 224, 224).
+        rule: gives step and zero point from a quantizer's input or weight.
+
+    Raises:
+        ValueError: NaN or infinite values were met.
+        UncalibratedError: the forward did not use some quantizer.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor, 0)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for _, quantizer in named_quantizers(model):
+        quantizer.calibrated, quantizer._rule = False, rule
+    try:
+        model(images)
+    finally:
+        for _, quantizer in named_quantizers(model):
+            quantizer._rule = None
+        for module, mode in modes.items():
+            module.training = mode
+    missed = [name for name, quantizer in named_quantizers(model) if not quantizer.calibrated]
+    if missed:
+        raise UncalibratedError(f'the forward of {type(model).__name__} did not use {", ".join(missed)}')
+
+
+@torch.no_grad()
+def clamp_steps_(model: nn.Module) -> None:
+    """Brings steps that an optimizer made zero or negative back to the smallest in use; no value is read to the host.
+
+    The forward never uses a smaller one: this keeps the parameters, and so the checkpoints, positive as well.
+    """
+    steps = [quantizer.alpha for _, quantizer in named_quantizers(model)]
+    if steps:
+        torch._foreach_clamp_min_(steps, min_step(steps[0].dtype))

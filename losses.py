@@ -1,0 +1,295 @@
+"""Training losses: the base criterion, distillation from a teacher's logits, distribution-guided distillation (DGD).
+
+    loss = (1 - alpha) * cls + alpha * distill + dgd_weight * (dgd_q + dgd_k)
+
+Hard and soft distillation follow DeiT (Touvron et al., 2021, arXiv 2012.12877). DGD is that of Q-ViT (Li et al., 2022,
+arXiv 2210.06707): for every layer and head the Gram matrices q q^T and k k^T of the student's rectified queries and
+keys are pulled towards those of a full-precision teacher, each matrix divided by its Frobenius norm.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from utils import UserError
+
+__all__ = ['DistillationLoss', 'Teacher', 'check_dgd_compatible', 'distribution_guided_distillation']
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Teacher:
+    """A frozen full-precision network that gives logits and, if asked, the queries and keys of every layer.
+
+    Not an nn.Module on purpose: its weights stay out of state dicts, optimizers and DDP. The model is put in evaluation
+    mode and frozen in place; moving it to the device of the images is up to the caller.
+
+    Args:
+        model: any classifier; with `return_qk` a timm vision transformer (or one with the same attention modules).
+        return_qk: collect q and k by forward hooks. Without it no hook is placed.
+
+    Raises:
+        UserError: `return_qk` with a model whose blocks have no timm attention.
+    """
+
+    def __init__(self, model: nn.Module, return_qk: bool) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.return_qk = return_qk
+        self.num_prefix_tokens: int = getattr(model, 'num_prefix_tokens', 1)
+        self._captured: list[Tensor] = []  # q, k, q, k, ... in the order of the layers
+        attentions = _timm_attentions(model) if return_qk else []
+        if attentions is None:
+            raise UserError(_no_qk_message(model))
+        self._depth = len(attentions)
+        for attention in attentions:
+            attention.q_norm.register_forward_hook(self._capture)
+            attention.k_norm.register_forward_hook(self._capture)
+
+    def _capture(self, _module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> None:
+        self._captured.append(output)
+
+    # no_grad, not inference_mode: the outputs enter products with tensors that require a gradient, and autograd refuses
+    # to save inference tensors for backward.
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, list[Pair]]:
+        """One forward on images (B, 3, H, W): logits (B, classes) and per layer (q, k), each (B, heads, N, d).
+
+        The list is empty without `return_qk`. Precision is that of the caller's autocast region.
+        """
+        self._captured = []
+        logits = self.model(images)
+        captured, self._captured = self._captured, []  # the loss alone keeps q and k alive
+        if len(captured) != 2 * self._depth:
+            raise UserError(_no_qk_message(self.model))
+        return logits, list(zip(captured[::2], captured[1::2], strict=True))
+
+
+def _timm_attentions(model: nn.Module) -> list[nn.Module] | None:
+    """The attention modules of a timm vision transformer by layer, or None.
+
+    timm passes q and k, (B, heads, N, d), through `q_norm` and `k_norm`, which are identities unless the model
+    normalises them: their outputs are in every case what the attention multiplies.
+    """
+    attentions = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', [])]
+    is_timm = all(hasattr(attn, name) for attn in attentions for name in ('qkv', 'num_heads', 'q_norm', 'k_norm'))
+    return attentions if attentions and is_timm else None
+
+
+def _no_qk_message(model: nn.Module) -> str:
+    return (f'teacher {type(model).__name__} has no timm attention to take q and k from: '
+            'pass --dgd-weight 0 or choose a timm vision transformer as the teacher')
+
+
+def check_dgd_compatible(student: nn.Module, teacher: nn.Module) -> str | None:
+    """None if DGD can compare the two networks, else the reason on one line. Head dims may differ."""
+    teacher_attentions = _timm_attentions(teacher)
+    if teacher_attentions is None:
+        return f'teacher {type(teacher).__name__} has no blocks with timm attention'
+    theirs = [attention.num_heads for attention in teacher_attentions]
+    ours = [getattr(getattr(block, 'attn', None), 'num_heads', None) for block in getattr(student, 'blocks', [])]
+    if not ours or None in ours:
+        return f'student {type(student).__name__} has no blocks with multi-head attention'
+    if len(ours) != len(theirs):
+        return f'the student has {len(ours)} layers, the teacher {len(theirs)}'
+    if len({*ours, *theirs}) > 1:
+        return f'the student has {ours} heads by layer, the teacher {theirs}: all must be equal'
+    patches = [getattr(getattr(model, 'patch_embed', None), 'num_patches', None) for model in (student, teacher)]
+    if None in patches or patches[0] != patches[1]:
+        return f'the student has {patches[0]} patch tokens, the teacher {patches[1]}'
+    return None
+
+
+def distribution_guided_distillation(
+        student_qk: Sequence[Pair], teacher_qk: Sequence[Pair], student_prefix_tokens: int, teacher_prefix_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """DGD of queries and of keys (Q-ViT, L_DGD): sums over layers and heads, means over the batch.
+
+        sum over l, h of || G_T / ||G_T||_F - G_S / ||G_S||_F ||_F,   G = q q^T (then k k^T) over tokens, N x N
+
+    Computed in float32 (float64 stays float64), also inside autocast regions. The gradient goes to the student alone.
+    With unequal numbers of prefix tokens (class, distillation) both drop theirs and patch tokens alone are compared.
+
+    Args:
+        student_qk, teacher_qk: per layer (q, k), each (B, heads, N, d), the same shape in all layers of a network.
+            B, heads and the number of patch tokens must agree between the two; d may differ.
+
+    Returns:
+        (loss_q, loss_k), each 0-dim, in [0, sqrt(2) * layers * heads].
+    """
+    assert len(student_qk) == len(teacher_qk) > 0, (len(student_qk), len(teacher_qk))
+    same_prefix = student_prefix_tokens == teacher_prefix_tokens
+    skip_s, skip_t = (0, 0) if same_prefix else (student_prefix_tokens, teacher_prefix_tokens)
+    losses = []
+    with torch.autocast(student_qk[0][0].device.type, enabled=False):
+        for which in (0, 1):
+            # All layers as one batch: a twelfth of the kernel launches at depth 12.
+            student = torch.stack([qk[which][:, :, skip_s:] for qk in student_qk])  # (L, B, H, N, d)
+            teacher = torch.stack([qk[which][:, :, skip_t:] for qk in teacher_qk])  # (L, B, H, N, d of the teacher)
+            assert student.shape[:-1] == teacher.shape[:-1], (student.shape, teacher.shape)
+            losses.append(_gram_distance(student, teacher).sum(dim=(0, 2)).mean())  # (L, B, H) -> (B,) -> ()
+    return losses[0], losses[1]
+
+
+class _GramDistance(torch.autograd.Function):
+    """|| A A^T / ||A A^T||_F - B B^T / ||B B^T||_F ||_F by d x d products: a, b (..., N, d) -> (...). No gradient to b.
+
+    With <A A^T, B B^T>_F = ||A^T B||_F^2 the squared distance is 2 - 2 cos; but 1 - cos in float32 leaves no digit of a
+    distance below 3e-4, and a gradient of noise. So scale A and B to norm 1 (the distance stays), take M = A - B, and
+    expand in what vanishes with M. With K = M^T M, X = M^T B, C = B^T B:
+
+        s = ||A A^T - B B^T||^2    = <K, K + 4 X + 2 C> + 2 <X, X^T>
+        t = <A A^T - B B^T, B B^T> = <X, X + 2 C>,             e = s + 2 t
+        b2 = ||B B^T|| = ||C||,    a2 = ||A A^T|| = sqrt(b2^2 + e),    a2 - b2 = e / (a2 + b2)
+        distance^2 = 2 (1 - cos) = 2 / (a2 (a2 + b2)) * (s - t (a2 - b2) / b2)
+        d(distance^2)/dA = 4 (cos / a2^2 A A^T A - 1 / (a2 b2) B B^T A)
+                         = 4 M (p A^T A) + 4 B (p (K + X) + r (X^T + C))
+        p = cos / a2^2,    r = p - 1 / (a2 b2) = -((a2 - b2) + (1 - cos) b2) / (a2^2 b2)
+
+    Rounding errors are then relative to A - B. (For B = A Q, Q a rotation, the error is again that of 1 - cos.) A zero
+    matrix has a zero normalised Gram matrix: distance 1 to any other, 0 to another zero. The gradient there, and the
+    subgradient wherever the distance is 0, is 0.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
+        norm_a = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True)  # (..., 1, 1)
+        norm_b = torch.linalg.vector_norm(b, dim=(-2, -1), keepdim=True)
+        has_a, has_b = norm_a != 0, norm_b != 0
+        norm_a = torch.where(has_a, norm_a, 1)
+        b = b / torch.where(has_b, norm_b, 1)
+        m = (a / norm_a).sub_(b)
+        k, x, c = m.mT @ m, m.mT @ b, b.mT @ b  # (..., d, d)
+
+        def inner(u: Tensor, v: Tensor) -> Tensor:
+            return (u * v).sum((-2, -1), keepdim=True)  # (..., 1, 1)
+
+        s = inner(k, k + 4 * x + 2 * c) + 2 * inner(x, x.mT)
+        t = inner(x, x + 2 * c)
+        e = s + 2 * t
+        # At norm 1, a Gram matrix of rank at most d has ||C||^2 >= 1/d: the floor is reached by zero matrices alone.
+        b4 = inner(c, c).clamp_min(1e-12)
+        a2, b2 = (b4 + e).clamp_min(1e-12).sqrt(), b4.sqrt()
+        difference = e / (a2 + b2)
+        one_minus_cos = (s - t * difference / b2) / (a2 * (a2 + b2))
+        both = has_a & has_b
+        distance = torch.where(both, (2 * one_minus_cos).clamp_min(0).sqrt(), (has_a ^ has_b).to(a.dtype))
+
+        # d(distance) = d(distance^2) / (2 distance); the division by norm_a undoes the scaling of A.
+        factor = torch.where(both & (distance > 0), 2 / distance, 0) / norm_a
+        p = factor * (1 - one_minus_cos) / a2.square()
+        r = -factor * (difference + one_minus_cos * b2) / (a2.square() * b2)
+        ctx.save_for_backward(m, b, p * (k + x + x.mT + c), p * (k + x) + r * (x.mT + c))
+        return distance[..., 0, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        m, b, along_m, along_b = ctx.saved_tensors
+        grad = grad[..., None, None]
+        with torch.autocast(m.device.type, enabled=False):
+            return m @ (grad * along_m) + b @ (grad * along_b), None
+
+
+def _gram_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Distances of the normalised Gram matrices of a, (..., N, d), and b, (..., N, d'): (...)."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    if a.shape[-1] != b.shape[-1]:  # columns of zeros leave the Gram matrix as it is
+        width = max(a.shape[-1], b.shape[-1])
+        a, b = F.pad(a, (0, width - a.shape[-1])), F.pad(b, (0, width - b.shape[-1]))
+    return _GramDistance.apply(a, b)
+
+
+class DistillationLoss(nn.Module):
+    """The training loss by parts. Nothing in it reads a value back to the host.
+
+    Args:
+        base_criterion: criterion(logits, labels) of the class head.
+        teacher: needed by distillation and by DGD, for which it must return q and k; one forward per batch.
+        distillation_type: 'none'; 'soft', T^2-scaled KL divergence to the teacher's logits at temperature T = `tau`;
+            'hard', cross-entropy with the teacher's decision as the label.
+        alpha: share of distillation, in [0, 1]; not used with 'none'.
+        tau: temperature of soft distillation.
+        dgd_weight: weight of DGD; 0 leaves it out at no cost.
+        student_prefix_tokens: class, distillation and register tokens of the student.
+
+    Raises:
+        UserError: a value out of range, or a teacher that is missing.
+    """
+
+    def __init__(
+            self, base_criterion: nn.Module, teacher: Teacher | None, distillation_type: str, alpha: float, tau: float,
+            dgd_weight: float, student_prefix_tokens: int = 2,
+    ) -> None:
+        super().__init__()
+        if distillation_type not in ('none', 'soft', 'hard'):
+            raise UserError(f'--distillation-type {distillation_type} is unknown: choose none, soft or hard')
+        if not 0 <= alpha <= 1:
+            raise UserError(f'--distillation-alpha {alpha} is not a share: choose a value from 0 to 1')
+        if not tau > 0:
+            raise UserError(f'--distillation-tau {tau} is no temperature: choose a value above 0')
+        if not dgd_weight >= 0:
+            raise UserError(f'--dgd-weight {dgd_weight} is negative: choose 0 (off) or a value above')
+        if teacher is None and (distillation_type != 'none' or dgd_weight > 0):
+            raise UserError(f'--distillation-type {distillation_type} with --dgd-weight {dgd_weight} needs a teacher: '
+                            'name one, or pass --distillation-type none --dgd-weight 0')
+        assert dgd_weight == 0 or teacher.return_qk, 'DGD needs Teacher(..., return_qk=True)'
+        self.base_criterion, self.teacher, self.student_prefix_tokens = base_criterion, teacher, student_prefix_tokens
+        self.distillation_type, self.alpha, self.tau, self.dgd_weight = distillation_type, alpha, tau, dgd_weight
+
+    def forward(
+            self, inputs: Tensor, outputs: Tensor | Pair, labels: Tensor, student_qk: Sequence[Pair] | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of one batch.
+
+        Args:
+            inputs: the images that the student saw, (B, 3, H, W), after mixup and the like.
+            outputs: logits (B, classes), or (logits, distillation logits) of a student with a distillation token.
+                Without distillation a pair counts by its mean, which is what evaluation uses.
+            labels: whatever the base criterion takes, (B,) or (B, classes).
+            student_qk: per layer (q, k) of the student after rectification, each (B, heads, N, d); used by DGD alone.
+
+        Returns:
+            0-dim tensors: 'loss', to backpropagate; for the log, unweighted and detached, 'loss_cls' and, where they
+            apply, 'loss_distill', 'loss_dgd_q', 'loss_dgd_k'.
+
+        Raises:
+            UserError: distillation from a student without a distillation head, or a teacher with other classes.
+        """
+        is_pair = not isinstance(outputs, Tensor)
+        if self.distillation_type != 'none' or self.dgd_weight > 0:
+            teacher_logits, teacher_qk = self.teacher(inputs)
+        parts = {}
+        if self.distillation_type == 'none':
+            logits = (outputs[0] + outputs[1]) / 2 if is_pair else outputs
+            loss = parts['loss_cls'] = self.base_criterion(logits, labels)
+        else:
+            if not is_pair:
+                raise UserError(f'--distillation-type {self.distillation_type} needs a student with a distillation '
+                                'token, which returns two heads: choose one, or pass --distillation-type none')
+            logits, dist_logits = outputs
+            parts['loss_cls'] = self.base_criterion(logits, labels)
+            parts['loss_distill'] = self._distill(dist_logits, teacher_logits)
+            loss = (1 - self.alpha) * parts['loss_cls'] + self.alpha * parts['loss_distill']
+
+        if self.dgd_weight > 0:
+            assert student_qk is not None, 'dgd_weight > 0 needs the q and k of the student'
+            parts['loss_dgd_q'], parts['loss_dgd_k'] = distribution_guided_distillation(
+                student_qk, teacher_qk, self.student_prefix_tokens, self.teacher.num_prefix_tokens)
+            loss = loss + self.dgd_weight * (parts['loss_dgd_q'] + parts['loss_dgd_k'])
+        return {'loss': loss} | {name: part.detach() for name, part in parts.items()}
+
+    def _distill(self, dist_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Soft: T^2 KL(teacher || student) of logits / T, DeiT's sum over B and classes / (B * classes). Hard: CE."""
+        if dist_logits.shape != teacher_logits.shape:
+            raise UserError(f'the teacher has {teacher_logits.shape[-1]} classes, the student {dist_logits.shape[-1]}: '
+                            'choose a teacher of the same data set, or pass --distillation-type none')
+        if self.distillation_type == 'hard':
+            return F.cross_entropy(dist_logits, teacher_logits.argmax(dim=1))
+        dtype = torch.promote_types(dist_logits.dtype, torch.float32)
+        student, teacher = (F.log_softmax(x.to(dtype) / self.tau, dim=1) for x in (dist_logits, teacher_logits))
+        divergence = F.kl_div(student, teacher, reduction='sum', log_target=True)
+        return divergence * self.tau ** 2 / dist_logits.numel()

@@ -1,0 +1,86 @@
+"""The optimizer of a training run: timm's optimizers by DeiT's flags, and LAMB without apex.
+
+The published recipe is `--opt fusedlamb` at weight decay 0: NVIDIA apex's FusedLAMB (LAMB: You et al., 2020, arXiv
+1904.00962). timm's Lamb makes the same update in plain PyTorch and takes its place where apex or CUDA is missing.
+"""
+
+import difflib
+import functools
+from argparse import Namespace
+
+import timm.optim
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import UserError
+
+__all__ = ['build_optimizer']
+
+# apex's own defaults, spelled out so that neither library's can drift away from the published update. timm's Lamb
+# always adds the decay to the update (adam_w_mode) and by always_adapt=False skips the trust ratio where there is no
+# decay (no NVLAMB).
+_LAMB = {'bias_correction': True, 'grad_averaging': True, 'max_grad_norm': 1.0}
+_APEX_ONLY = {'adam_w_mode': True, 'use_nvlamb': False}
+_TIMM_ONLY = {'trust_clip': False, 'always_adapt': False}
+
+
+def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that `--opt` names, over the parameters of `model` that require gradients.
+
+    One-dimensional parameters (biases, norms, quantizer steps and zero points) and those that `model.no_weight_decay()`
+    names (position embedding, class and distillation token) get no weight decay. `fusedlamb` is apex's where it can be
+    used, else timm's Lamb with the same update; a line is printed once when it is timm's.
+
+    Args:
+        args: opt, lr, weight_decay, momentum; opt_eps and opt_betas where not None.
+        model: not wrapped in DDP, which hides `no_weight_decay`.
+
+    Raises:
+        UserError: no optimizer of that name, one that is not installed, or values that it does not take.
+    """
+    assert not isinstance(model, DistributedDataParallel), 'build the optimizer from the model inside DDP (.module)'
+    kwargs = timm.optim.optimizer_kwargs(args)
+    kwargs['opt'] = name = args.opt.lower()
+    if name == 'fusedlamb':
+        if _apex_is_usable():
+            kwargs.update(_LAMB, **_APEX_ONLY)
+        else:
+            _announce_timm_lamb()
+            kwargs.update(_LAMB, **_TIMM_ONLY, opt='lamb')
+    else:
+        _check_name(name)
+    try:
+        return timm.optim.create_optimizer_v2(model, **kwargs)
+    # timm and the optimizers refuse with whichever of these: unknown, not installed, needs CUDA, bad or unknown value.
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition('\n')[0] or type(error).__name__
+        raise UserError(f'--opt {args.opt} cannot be used ({reason}): '
+                        'correct the optimizer flags or choose another, e.g. --opt adamw') from error
+
+
+def _apex_is_usable() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        from apex.optimizers import FusedLAMB  # noqa: F401  (a package on PyPI called apex has no such optimizer)
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _announce_timm_lamb() -> None:
+    print("--opt fusedlamb: apex with CUDA is not available, using timm's Lamb, which makes the same update")
+
+
+def _check_name(name: str) -> None:
+    # timm lists its optimizers since 1.0.12; before, create_optimizer_v2 refuses unknown names without suggestions.
+    if not hasattr(timm.optim, 'list_optimizers'):
+        return
+    known = timm.optim.list_optimizers()
+    if name.removeprefix('lookahead_') in known:
+        return
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f'did you mean {", ".join(close)}?' if close else 'timm.optim.list_optimizers() lists the names'
+    raise UserError(f'--opt {name} is no optimizer of timm: {hint}')

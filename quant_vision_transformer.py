@@ -1,0 +1,277 @@
+"""The fully quantized DeiT of Q-ViT (Li et al., NeurIPS 2022, arXiv 2210.06707), registered with timm.
+
+The network is timm's distilled DeiT with a quantized patch embedding, quantized blocks and quantized heads. A block:
+
+    Q-Attention   q, k, v = LinearQ(x) per head; q~ = LN(q), k~ = LN(k) (IRM, Eq. 7); A = softmax(q~_hat k~_hat^T / sqrt(d));
+                  LinearQ(A_hat v_hat)
+    Q-MLP         LinearQ(clip(GELU(LinearQ(x)), -10, 10))
+
+IRM shifts and scales q and k so that their codes carry the most information: a LayerNorm of the head dimension, shared
+by the heads, whose affine parameters are learned. LayerNorms, softmax, GELU, residual sums, embeddings and biases stay in
+full precision; the patch embedding and the heads have 8 bits whatever the bits of the blocks.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, PatchEmbed, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
+from _lsq import quantized_attention
+from checkpoints import adapt_full_precision
+
+__all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QuantConfig']  # and every variant
+
+EDGE_BITS = 8  # patch embedding and heads
+QK = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What is quantized, and how.
+
+    Attributes:
+        weight_bits, act_bits: bits of the blocks' weights and activations.
+        act_granularity: 'channel' (published), or 'tensor': one step and zero point per activation tensor.
+        irm: whether q and k pass through the information rectification module.
+        quantize_attn: whether q, k, v and the attention probabilities are quantized.
+    """
+    weight_bits: int
+    act_bits: int
+    act_granularity: str = 'channel'
+    irm: bool = True
+    quantize_attn: bool = True
+
+    def layer(self, bits: int | None = None) -> dict:
+        """Keyword arguments of a quantized layer, with `bits` instead of the blocks' where given."""
+        return {'weight_bits': bits or self.weight_bits, 'act_bits': bits or self.act_bits,
+                'act_granularity': self.act_granularity}
+
+
+class QAttention(nn.Module):
+    """Q-Attention: (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, num_heads: int, quant: QuantConfig, qkv_bias: bool = True, attn_drop: float = 0.,
+                 proj_drop: float = 0., device=None, dtype=None) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'embed_dim {dim} is not a multiple of num_heads {num_heads}')
+        dd = {'device': device, 'dtype': dtype}
+        self.num_heads, self.head_dim, self.scale = num_heads, dim // num_heads, (dim // num_heads) ** -0.5
+        self.quantize_attn = quant.quantize_attn
+        self.norm_q = nn.LayerNorm(self.head_dim, **dd) if quant.irm else nn.Identity()
+        self.norm_k = nn.LayerNorm(self.head_dim, **dd) if quant.irm else nn.Identity()
+        self.qkv = LinearQ(dim, 3 * dim, bias=qkv_bias, **dd, **quant.layer())
+        self.attn_drop = attn_drop
+        self.proj = LinearQ(dim, dim, **dd, **quant.layer())
+        self.proj_drop = nn.Dropout(proj_drop)
+        if quant.quantize_attn:
+            for name in ('q_act', 'k_act', 'v_act', 'attn_act'):
+                setattr(self, name, ActQ(num_heads, quant.act_bits, quant.act_granularity, **dd))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, QK]:
+        """Returns the output and (q~, k~), each (B, H, N, d): rectified, not yet quantized, for DGD."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                        # (B, H, N, d) each
+        q, k = self.norm_q(q), self.norm_k(k)
+        x = self._quantized_attention(q, k, v) if self.quantize_attn else F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.attn_drop if self.training else 0.)    # (B, H, N, d)
+        x = x.transpose(1, 2).flatten(2)                                     # (B, N, dim)
+        return self.proj_drop(self.proj(x)), (q, k)
+
+    def _quantized_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = None
+        if self.training and self.attn_drop > 0:
+            dropout = F.dropout(q.new_ones(*q.shape[:-1], q.shape[-2]), self.attn_drop)
+        if self.attn_act.pending:  # its first input, which quantized_attention keeps to itself
+            attn = (self.q_act(q) @ self.k_act(k).mT * self.scale).softmax(dim=-1).detach()
+            self.attn_act.lsq(attn if dropout is None else attn * dropout)
+        quantizers = self.q_act.lsq(q), self.k_act.lsq(k), self.v_act.lsq(v), self.attn_act.lsq(q)
+        return quantized_attention(q, k, v, quantizers, self.scale, dropout)
+
+
+class _ClippedGELU(torch.autograd.Function):
+    """clip(GELU(x), -10, 10), keeping x and, as the layer behind it does anyway, the output."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.gelu(x).clamp_(-10., 10.)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(torch.ops.aten.hardtanh_backward(grad, y, -10., 10.), x)
+
+
+class QMlp(nn.Module):
+    """Q-MLP: (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0., device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.fc1 = LinearQ(dim, hidden_dim, **dd, **quant.layer())
+        self.fc2 = LinearQ(hidden_dim, dim, **dd, **quant.layer())
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(_ClippedGELU.apply(self.fc1(x)))))
+
+
+class QBlock(nn.Module):
+    """Pre-norm transformer block of Q-Attention and Q-MLP: (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, num_heads: int, quant: QuantConfig, mlp_ratio: float = 4., qkv_bias: bool = True,
+                 proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0.,
+                 norm_layer: type[nn.Module] = nn.LayerNorm, device=None, dtype=None, **timm_options) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = QAttention(dim, num_heads, quant, qkv_bias, attn_drop, proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = QMlp(dim, int(dim * mlp_ratio), quant, proj_drop, **dd)
+
+    def forward(self, x: Tensor, return_qk: bool = False) -> Tensor | tuple[Tensor, QK]:
+        """Returns x, or (x, (q~, k~)) of the attention."""
+        attended, qk = self.attn(self.norm1(x))
+        x = x + self.drop_path(attended)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return (x, qk) if return_qk else x
+
+
+class QPatchEmbed(PatchEmbed):
+    """timm's patch embedding with an 8-bit projection of 8-bit pixels: (B, C, H, W) -> (B, patches, dim)."""
+
+    def __init__(self, *args, quant: QuantConfig, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        conv = self.proj
+        self.proj = Conv2dQ(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                            bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype,
+                            **quant.layer(EDGE_BITS))
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        if patch_size is not None and timm.layers.to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(f'patch_size {patch_size}: a quantized patch embedding keeps its {self.patch_size}')
+        super().set_input_size(img_size=img_size)
+
+
+class QVisionTransformer(VisionTransformerDistilled):
+    """Fully quantized DeiT with a class and a distillation token.
+
+    In training it returns (logits, distillation logits), each (B, num_classes), in evaluation their mean.
+    `set_distilled_training(False)` makes it return the mean in training too.
+
+    Args:
+        weight_bits, act_bits, act_granularity, irm, quantize_attn: see `QuantConfig`.
+        **kwargs: arguments of timm's VisionTransformer, as num_classes, img_size, drop_path_rate.
+    """
+
+    def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', irm: bool = True,
+                 quantize_attn: bool = True, **kwargs) -> None:
+        fixed = ('act_layer', 'attn_layer', 'block_fn', 'embed_layer', 'mlp_layer', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm',
+                 'init_values')
+        for name in fixed:
+            if kwargs.pop(name, None):
+                raise ValueError(f'{name} is not an option of the quantized network')
+        self_quant = QuantConfig(weight_bits, act_bits, act_granularity, irm, quantize_attn)
+        super().__init__(*args, block_fn=partial(QBlock, quant=self_quant),
+                         embed_layer=partial(QPatchEmbed, quant=self_quant), **kwargs)
+        self.quant = self_quant
+        self.distilled_training = True
+        self.reset_classifier(self.num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New heads for `num_classes` classes, 8 bits as before and not calibrated; none for 0."""
+        if global_pool not in (None, '', 'token'):
+            raise ValueError(f"global_pool '{global_pool}': the heads read the class and the distillation token")
+        self.num_classes = num_classes
+        self.head, self.head_dist = self._new_head(), self._new_head()
+
+    def _new_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = self.cls_token
+        head = LinearQ(self.embed_dim, self.num_classes, device=like.device, dtype=like.dtype,
+                       **self.quant.layer(EDGE_BITS))
+        trunc_normal_(head.weight, std=.02)
+        nn.init.zeros_(head.bias)
+        return head.train(self.training)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Embeddings, and the steps and zero points of every quantizer."""
+        steps = {f'{name}.{leaf}' for name, module in named_quantizers(self) for leaf in ('alpha', 'zero_point')
+                 if hasattr(module, leaf)}
+        return super().no_weight_decay() | steps
+
+    def forward_features(self, x: Tensor, return_qk: bool = False) -> Tensor | tuple[Tensor, list[QK]]:
+        """(B, C, H, W) -> (B, N, dim), tokens after the last norm; with (q~, k~) of every block on request."""
+        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
+        qk = []
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x, block_qk = checkpoint(block, x, True, use_reentrant=False)
+            else:
+                x, block_qk = block(x, return_qk=True)
+            if return_qk:
+                qk.append(block_qk)
+        x = self.norm(x)
+        return (x, qk) if return_qk else x
+
+    def forward(self, x: Tensor, return_qk: bool = False):
+        """(B, C, H, W) -> logits; with return_qk (logits, [(q~, k~) of every block]), each (B, H, N, d)."""
+        if not return_qk:
+            return self.forward_head(self.forward_features(x))
+        x, qk = self.forward_features(x, return_qk=True)
+        return self.forward_head(x), qk
+
+
+# --- the registered variants -------------------------------------------------------------------------------------------
+
+BITS = {'twobits': 2, 'threebits': 3, 'fourbits': 4}
+SIZES = {  # name: (width, heads); depth 12, MLP ratio 4
+    'tiny': (192, 3),
+    'small': (384, 6),
+    'base': (768, 12),
+}
+
+
+def _full_precision_cfg(size: str) -> dict:
+    """timm's description of the full-precision DeiT that `pretrained=True` starts from."""
+    return timm.get_pretrained_cfg(f'deit_{size}_distilled_patch16_224').to_dict()
+
+
+default_cfgs = generate_default_cfgs({
+    f'{bits}_deit_{size}_patch16_224.full_precision_in1k': _full_precision_cfg(size) for bits in BITS for size in SIZES})
+
+
+def _register_variant(bits_name: str, size: str) -> None:
+    name, bits, (width, heads) = f'{bits_name}_deit_{size}_patch16_224', BITS[bits_name], SIZES[size]
+
+    def variant(pretrained: bool = False, **kwargs) -> QVisionTransformer:
+        defaults = {'patch_size': 16, 'embed_dim': width, 'depth': 12, 'num_heads': heads,
+                    'weight_bits': bits, 'act_bits': bits}
+        return build_model_with_cfg(
+            QVisionTransformer, name, pretrained, pretrained_filter_fn=adapt_full_precision,
+            feature_cfg={'out_indices': kwargs.pop('out_indices', 3), 'feature_cls': 'getter'}, **(defaults | kwargs))
+
+    variant.__name__ = variant.__qualname__ = name
+    variant.__doc__ = (f'{bits}-bit DeiT-{size.capitalize()} at 224 px (keyword arguments: `QVisionTransformer`); '
+                       f'pretrained=True starts from full precision and is to be calibrated.')
+    globals()[name] = register_model(variant)
+
+
+for _bits in BITS:
+    for _size in SIZES:
+        _register_variant(_bits, _size)
