@@ -14,6 +14,7 @@ quantize it again. Nothing here reads a tensor's value on the host.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -82,25 +83,27 @@ def fake_quantize(x: Tensor, q: LSQ) -> Tensor:
     return _FakeQuantize.apply(x, *q)
 
 
-def _lsq_backward(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor,
-                  q: LSQ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, alpha and z from `grad`, that of x_hat. `x_hat` is used up.
+def _lsq_backward_(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor, q: LSQ,
+                   numel: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, alpha and z from `grad`, that of x_hat. `grad` and `x_hat` are used up: large tensors are dear.
 
     dx = grad inside the range and 0 outside. Summed over a channel, dalpha = (grad x_hat - dx x) / alpha and
-    dz = (dx - grad) alpha, both times 1 / sqrt(numel * qp).
+    dz = (dx - grad) alpha, both times 1 / sqrt(numel * qp), where x is all of the quantized tensor's `numel` values or a
+    piece of them.
     """
+    grad, scale = grad.to(position.dtype), (numel * q.qp) ** -0.5
+    grad_sum = None if q.zero is None else grad.sum_to_size(q.zero.shape)
+    terms = x_hat.mul_(grad)
     # hardtanh's backward is the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs.
     # Its bounds are exclusive, but a value on the border is inside the range: hence the smallest of margins.
-    info, grad = torch.finfo(position.dtype), grad.to(position.dtype)
+    info = torch.finfo(position.dtype)
     low, high = q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
-    grad_x = torch.ops.aten.hardtanh_backward(grad, position, low, high)
-    scale = (x.numel() * q.qp) ** -0.5
-    grad_step = x_hat.mul_(grad).addcmul_(grad_x, x.to(position.dtype), value=-1).sum_to_size(q.step.shape)
-    grad_step = grad_step / q.step * scale
+    grad_x = torch.ops.aten.hardtanh_backward.grad_input(grad, position, low, high, grad_input=grad)
+    grad_step = terms.addcmul_(grad_x, x.to(position.dtype), value=-1).sum_to_size(q.step.shape) / q.step * scale
     if q.zero is None:
         return grad_x.to(x.dtype), grad_step, None
-    grad_zero = grad_x.sum_to_size(q.zero.shape) - grad.sum_to_size(q.zero.shape)
-    return grad_x.to(x.dtype), grad_step, grad_zero * q.step * scale
+    grad_zero = (grad_x.sum_to_size(q.zero.shape) - grad_sum) * q.step * scale
+    return grad_x.to(x.dtype), grad_step, grad_zero
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -115,10 +118,24 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         x, step, zero = ctx.saved_tensors
         q = _effective(LSQ(step, zero, *ctx.code_range))
-        return *_lsq_backward(grad, x, *_positions_and_values(x, q), q), None, None
+        return *_lsq_backward_(grad.clone(), x, *_positions_and_values(x, q), q, x.numel()), None, None
 
 
-# --- products of quantized operands ------------------------------------------------------------------------------------
+# --- products of quantized operands -----------------------------------------------------------------------------------
+
+
+PIECE_BYTES = 2 << 20
+
+
+def _piece(items: int, numel: int, like: Tensor) -> int:
+    """How many of a batch's items to compute at a time, with `numel` values each in the largest temporary.
+
+    A pass over a piece that stays in a CPU's cache is several times faster than one over all the batch. GPUs and the
+    compiler, which fuses the passes, get all at once.
+    """
+    if like.device.type != 'cpu' or torch.compiler.is_compiling():
+        return items
+    return max(1, min(items, PIECE_BYTES // max(1, numel * like.element_size())))
 
 
 class Convolution(NamedTuple):
@@ -162,25 +179,44 @@ class _QuantizedProduct(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, x_step, x_zero, w_step = ctx.saved_tensors
         qx, qw = _effective(LSQ(x_step, x_zero, *ctx.x_range)), _effective(LSQ(w_step, None, *ctx.w_range))
-        position_x, x_hat = _positions_and_values(x, qx)
         position_w, w_hat = _positions_and_values(weight, qw)
-        # Under autocast the product ran in half precision, and so do its two gradients.
-        operands = x_hat.to(grad.dtype), w_hat.to(grad.dtype)
-        grad_bias = None
         if ctx.conv is None:
-            rows = grad.flatten(0, -2)
-            grad_x_hat, grad_w_hat = grad @ operands[1], rows.mT @ operands[0].flatten(0, -2)
-            if ctx.has_bias:
-                grad_bias = rows.sum(0)
+            grads_x, grad_w_hat = _linear_backward(grad, x, qx, w_hat)
         else:
+            position_x, x_hat = _positions_and_values(x, qx)
             grad_x_hat, grad_w_hat, _ = torch.ops.aten.convolution_backward(
-                grad, *operands, None, ctx.conv.stride, ctx.conv.padding, ctx.conv.dilation, False, (0, 0),
-                ctx.conv.groups, (True, True, False))
-            if ctx.has_bias:
-                grad_bias = grad.sum((0, 2, 3))
-        grad_x, grad_x_step, grad_x_zero = _lsq_backward(grad_x_hat, x, position_x, x_hat, qx)
-        grad_w, grad_w_step, _ = _lsq_backward(grad_w_hat, weight, position_w, w_hat, qw)
+                grad, x_hat.to(grad.dtype), w_hat.to(grad.dtype), None, ctx.conv.stride, ctx.conv.padding,
+                ctx.conv.dilation, False, (0, 0), ctx.conv.groups, (True, True, False))
+            grads_x = _lsq_backward_(grad_x_hat, x, position_x, x_hat, qx, x.numel())
+        grad_w, grad_w_step, _ = _lsq_backward_(grad_w_hat, weight, position_w, w_hat, qw, weight.numel())
+        grad_bias = None
+        if ctx.has_bias:
+            grad_bias = grad.flatten(0, -2).sum(0) if ctx.conv is None else grad.sum((0, 2, 3))
+        grad_x, grad_x_step, grad_x_zero = grads_x
         return grad_x, grad_w, grad_bias, grad_x_step, grad_x_zero, grad_w_step, None, None, None, None
+
+
+def _linear_backward(grad: Tensor, x: Tensor, qx: LSQ, w_hat: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Gradients of (x, its step, its zero point), and of w_hat. grad: (..., N), x: (..., K), w_hat: (N, K)."""
+    rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)
+    w_hat = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
+    size = _piece(len(rows), x.shape[-1], x)
+    grads_x, grad_w_hat = [], None
+    for g, piece in zip(rows.split(size), x_rows.split(size), strict=True):
+        position, x_hat = _positions_and_values(piece, qx)
+        x_hat_half = x_hat.to(grad.dtype)
+        grad_w_hat = g.mT @ x_hat_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, x_hat_half)
+        grads_x.append(_lsq_backward_(g @ w_hat, piece, position, x_hat, qx, x.numel()))
+    grad_x, grad_step, grad_zero = _join(grads_x)
+    return (grad_x.view(x.shape), grad_step, grad_zero), grad_w_hat
+
+
+def _join(grads: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a tensor, its step and its zero point from those of its pieces."""
+    if len(grads) == 1:
+        return grads[0]
+    values, steps, zeros = zip(*grads, strict=True)
+    return torch.cat(values), sum(steps), sum(zeros)
 
 
 def quantized_attention(q: Tensor, k: Tensor, v: Tensor, quantizers: tuple[LSQ, LSQ, LSQ, LSQ], scale: float,
@@ -208,7 +244,7 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, quantizers: tuple[LSQ, 
 
 
 def _probabilities(q_hat: Tensor, k_hat: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax(scale * q_hat k_hat^T), products in `dtype`: (B, H, N, d), (B, H, N, d) -> (B, H, N, N)."""
+    """softmax(scale * q_hat k_hat^T), the product in `dtype`: (B, H, N, d), (B, H, N, d) -> (B, H, N, N)."""
     scores = (q_hat * scale).to(dtype) @ k_hat.to(dtype).mT
     return scores.softmax(-1, dtype=q_hat.dtype)
 
@@ -219,37 +255,54 @@ class _QuantizedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero, ranges, scale, dtype,
                 dropout):
         ctx.ranges, ctx.scale, ctx.dtype = ranges, scale, dtype
-        ctx.save_for_backward(q, k, v, q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero, dropout)
-        q_hat = _quantize(q, _effective(LSQ(q_step, q_zero, *ranges[0])))
-        k_hat = _quantize(k, _effective(LSQ(k_step, k_zero, *ranges[1])))
-        v_hat = _quantize(v, _effective(LSQ(v_step, v_zero, *ranges[2])))
-        attn = _probabilities(q_hat, k_hat, scale, dtype)
-        if dropout is not None:
-            attn = attn * dropout
-        attn_hat = _quantize(attn, _effective(LSQ(a_step, a_zero, *ranges[3])))
-        return attn_hat.to(dtype) @ v_hat.to(dtype)
+        steps = q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero
+        ctx.save_for_backward(q, k, v, *steps, dropout)
+        qq, qk, qv, qa = _attention_quantizers(steps, ranges)
+        out = []
+        for q_, k_, v_, dropout_ in _attention_pieces(q, k, v, dropout):
+            attn = _probabilities(_quantize(q_, qq), _quantize(k_, qk), scale, dtype)
+            if dropout_ is not None:
+                attn = attn * dropout_
+            out.append(_quantize(attn, qa).to(dtype) @ _quantize(v_, qv).to(dtype))
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *steps, dropout = ctx.saved_tensors
-        quantizers = [_effective(LSQ(step, zero, *code_range))
-                      for step, zero, code_range in zip(steps[::2], steps[1::2], ctx.ranges, strict=True)]
-        qq, qk, qv, qa = quantizers
-        (position_q, q_hat), (position_k, k_hat), (position_v, v_hat) = (
-            _positions_and_values(x, quantizer) for x, quantizer in ((q, qq), (k, qk), (v, qv)))
-        softmax = _probabilities(q_hat, k_hat, ctx.scale, ctx.dtype)
-        attn = softmax if dropout is None else softmax * dropout
-        position_a, attn_hat = _positions_and_values(attn, qa)
+        qq, qk, qv, qa = _attention_quantizers(steps, ctx.ranges)
+        dtype, numel, grads = ctx.dtype, q.numel(), []
+        for q_, k_, v_, dropout_, g in _attention_pieces(q, k, v, dropout, grad.to(dtype)):
+            (position_q, q_hat), (position_k, k_hat), (position_v, v_hat) = (
+                _positions_and_values(x, quantizer) for x, quantizer in ((q_, qq), (k_, qk), (v_, qv)))
+            softmax = _probabilities(q_hat, k_hat, ctx.scale, dtype)
+            attn = softmax if dropout_ is None else softmax * dropout_
+            position_a, attn_hat = _positions_and_values(attn, qa)
 
-        grad = grad.to(ctx.dtype)
-        grad_v_hat = attn_hat.to(ctx.dtype).mT @ grad
-        grad_attn, *grad_a = _lsq_backward(grad @ v_hat.to(ctx.dtype).mT, attn, position_a, attn_hat, qa)
-        if dropout is not None:
-            grad_attn = grad_attn * dropout
-        grad_scores = torch._softmax_backward_data(grad_attn, softmax, -1, softmax.dtype).to(ctx.dtype)
-        grad_q_hat = (grad_scores @ k_hat.to(ctx.dtype)).mul_(ctx.scale)
-        grad_k_hat = (grad_scores.mT @ q_hat.to(ctx.dtype)).mul_(ctx.scale)
-        grad_q, *grad_qq = _lsq_backward(grad_q_hat, q, position_q, q_hat, qq)
-        grad_k, *grad_qk = _lsq_backward(grad_k_hat, k, position_k, k_hat, qk)
-        grad_v, *grad_qv = _lsq_backward(grad_v_hat, v, position_v, v_hat, qv)
+            grad_v_hat, grad_attn_hat = attn_hat.to(dtype).mT @ g, g @ v_hat.to(dtype).mT
+            grad_attn, *grad_a = _lsq_backward_(grad_attn_hat, attn, position_a, attn_hat, qa, numel // q.shape[-1] *
+                                                q.shape[-2])
+            if dropout_ is not None:
+                grad_attn = grad_attn * dropout_
+            grad_scores = torch._softmax_backward_data(grad_attn, softmax, -1, softmax.dtype).to(dtype)
+            grad_q_hat = (grad_scores @ k_hat.to(dtype)).mul_(ctx.scale)
+            grad_k_hat = (grad_scores.mT @ q_hat.to(dtype)).mul_(ctx.scale)
+            grads.append((_lsq_backward_(grad_q_hat, q_, position_q, q_hat, qq, numel),
+                          _lsq_backward_(grad_k_hat, k_, position_k, k_hat, qk, numel),
+                          _lsq_backward_(grad_v_hat, v_, position_v, v_hat, qv, numel), (g[:0], *grad_a)))
+        (grad_q, *grad_qq), (grad_k, *grad_qk), (grad_v, *grad_qv), (_, *grad_a) = (
+            _join(pieces) for pieces in zip(*grads, strict=True))
         return grad_q, grad_k, grad_v, *grad_qq, *grad_qk, *grad_qv, *grad_a, None, None, None, None
+
+
+def _attention_quantizers(steps: list[Tensor], ranges: tuple[tuple[int, int], ...]) -> list[LSQ]:
+    """Of q, k, v and A, from their steps and zero points in turn."""
+    return [_effective(LSQ(step, zero, *code_range))
+            for step, zero, code_range in zip(steps[::2], steps[1::2], ranges, strict=True)]
+
+
+def _attention_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: Tensor | None, *more: Tensor) -> Iterator[tuple]:
+    """The arguments, split along the batch."""
+    size = _piece(len(q), q[0, ..., 0].numel() * q.shape[-2], q)
+    dropouts = [None] * -(-len(q) // size) if dropout is None else dropout.split(size)
+    return zip(q.split(size), k.split(size), v.split(size), dropouts, *(tensor.split(size) for tensor in more),
+               strict=True)
