@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['LSQ', 'Convolution', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_attention',
-           'quantized_product']
+__all__ = ['LSQ', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_attention',
+           'quantized_linear']
 
 
 class LSQ(NamedTuple):
@@ -138,85 +138,72 @@ def _piece(items: int, numel: int, like: Tensor) -> int:
     return max(1, min(items, PIECE_BYTES // max(1, numel * like.element_size())))
 
 
-class Convolution(NamedTuple):
-    """The arguments that make the product of images and filters a convolution."""
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-
-def quantized_product(x: Tensor, weight: Tensor, qx: LSQ, qw: LSQ, bias: Tensor | None = None,
-                      conv: Convolution | None = None, w_hat: Tensor | None = None) -> Tensor:
-    """x_hat @ w_hat^T + bias (or the convolution), keeping x and weight for the backward.
+def quantized_linear(x: Tensor, weight: Tensor, qx: LSQ, qw: LSQ, bias: Tensor | None = None,
+                     w_hat: Tensor | None = None) -> Tensor:
+    """x_hat @ w_hat^T + bias, keeping x and weight for the backward.
 
     Args:
-        x: (..., K), or images (B, K, H, W) for a convolution.
-        weight: (N, K), or filters (N, K / groups, h, w).
+        x: (..., K)
+        weight: (N, K)
         qx, qw: quantizers of x and of the weight.
         bias: (N,)
-        conv: makes it a convolution.
         w_hat: the quantized weight, where the caller has it already.
 
     Returns:
-        (..., N), or (B, N, H', W').
+        (..., N)
     """
-    return _QuantizedProduct.apply(x, weight, bias, qx.step, qx.zero, qw.step, (qx.qn, qx.qp), (qw.qn, qw.qp), conv, w_hat)
+    return _QuantizedLinear.apply(x, weight, bias, qx.step, qx.zero, qw.step, (qx.qn, qx.qp), (qw.qn, qw.qp), w_hat)
 
 
-class _QuantizedProduct(torch.autograd.Function):
+class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias, x_step, x_zero, w_step, x_range, w_range, conv, w_hat):
-        ctx.x_range, ctx.w_range, ctx.conv, ctx.has_bias = x_range, w_range, conv, bias is not None
+    def forward(ctx, x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat):
+        ctx.x_range, ctx.w_range, ctx.has_bias = x_range, w_range, bias is not None
         ctx.save_for_backward(x, weight, x_step, x_zero, w_step)
-        x_hat = _quantize(x, _effective(LSQ(x_step, x_zero, *x_range)))
         if w_hat is None:
             w_hat = _quantize(weight, _effective(LSQ(w_step, None, *w_range)))
-        return F.linear(x_hat, w_hat, bias) if conv is None else F.conv2d(x_hat, w_hat, bias, *conv)
+        return F.linear(_quantize(x, _effective(LSQ(x_step, x_zero, *x_range))), w_hat, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, x_step, x_zero, w_step = ctx.saved_tensors
         qx, qw = _effective(LSQ(x_step, x_zero, *ctx.x_range)), _effective(LSQ(w_step, None, *ctx.w_range))
         position_w, w_hat = _positions_and_values(weight, qw)
-        if ctx.conv is None:
-            grads_x, grad_w_hat = _linear_backward(grad, x, qx, w_hat)
-        else:
-            position_x, x_hat = _positions_and_values(x, qx)
-            grad_x_hat, grad_w_hat, _ = torch.ops.aten.convolution_backward(
-                grad, x_hat.to(grad.dtype), w_hat.to(grad.dtype), None, ctx.conv.stride, ctx.conv.padding,
-                ctx.conv.dilation, False, (0, 0), ctx.conv.groups, (True, True, False))
-            grads_x = _lsq_backward_(grad_x_hat, x, position_x, x_hat, qx, x.numel())
+        w_half = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
+        rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)                        # (M, N), (M, K)
+        size = _piece(len(rows), x_rows.shape[-1], x)
+        grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if size < len(rows) else None
+        grad_w_hat, sums = None, []
+        for g, x_piece, out in _split(size, rows, x_rows, grad_x):
+            position, x_hat = _positions_and_values(x_piece, qx)
+            x_half = x_hat.to(g.dtype)
+            grad_w_hat = g.mT @ x_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, x_half)
+            grad_piece, *grads = _lsq_backward_(_into(out, g, w_half), x_piece, position, x_hat, qx, x.numel())
+            sums.append(grads)
+        grad_x_step, grad_x_zero = _total(sums)
         grad_w, grad_w_step, _ = _lsq_backward_(grad_w_hat, weight, position_w, w_hat, qw, weight.numel())
-        grad_bias = None
-        if ctx.has_bias:
-            grad_bias = grad.flatten(0, -2).sum(0) if ctx.conv is None else grad.sum((0, 2, 3))
-        grad_x, grad_x_step, grad_x_zero = grads_x
-        return grad_x, grad_w, grad_bias, grad_x_step, grad_x_zero, grad_w_step, None, None, None, None
+        grad_x = (grad_piece if grad_x is None else grad_x.to(x.dtype)).view(x.shape)
+        return (grad_x, grad_w, rows.sum(0) if ctx.has_bias else None, grad_x_step, grad_x_zero, grad_w_step,
+                None, None, None)
 
 
-def _linear_backward(grad: Tensor, x: Tensor, qx: LSQ, w_hat: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Gradients of (x, its step, its zero point), and of w_hat. grad: (..., N), x: (..., K), w_hat: (N, K)."""
-    rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)
-    w_hat = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
-    size = _piece(len(rows), x.shape[-1], x)
-    grads_x, grad_w_hat = [], None
-    for g, piece in zip(rows.split(size), x_rows.split(size), strict=True):
-        position, x_hat = _positions_and_values(piece, qx)
-        x_hat_half = x_hat.to(grad.dtype)
-        grad_w_hat = g.mT @ x_hat_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, x_hat_half)
-        grads_x.append(_lsq_backward_(g @ w_hat, piece, position, x_hat, qx, x.numel()))
-    grad_x, grad_step, grad_zero = _join(grads_x)
-    return (grad_x.view(x.shape), grad_step, grad_zero), grad_w_hat
+def _split(size: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """The tensors in pieces of `size` along their first axis; None stays None."""
+    count = -(-len(tensors[0]) // size)
+    return zip(*([None] * count if tensor is None else tensor.split(size) for tensor in tensors), strict=True)
 
 
-def _join(grads: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a tensor, its step and its zero point from those of its pieces."""
-    if len(grads) == 1:
-        return grads[0]
-    values, steps, zeros = zip(*grads, strict=True)
-    return torch.cat(values), sum(steps), sum(zeros)
+def _into(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in `out` where there is one."""
+    if out is None:
+        return a @ b
+    return torch.matmul(a, b, out=out) if out.dtype == a.dtype else out.copy_(a @ b)
+
+
+def _total(sums: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Elementwise totals of the pieces' tuples."""
+    return [sum(terms[1:], start=terms[0]) for terms in zip(*sums, strict=True)]
 
 
 def quantized_attention(q: Tensor, k: Tensor, v: Tensor, quantizers: tuple[LSQ, LSQ, LSQ, LSQ], scale: float,
@@ -258,40 +245,44 @@ class _QuantizedAttention(torch.autograd.Function):
         steps = q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero
         ctx.save_for_backward(q, k, v, *steps, dropout)
         qq, qk, qv, qa = _attention_quantizers(steps, ranges)
-        out = []
-        for q_, k_, v_, dropout_ in _attention_pieces(q, k, v, dropout):
+        size = _attention_piece(q)
+        out = torch.empty_like(q, dtype=dtype) if size < len(q) else None
+        for q_, k_, v_, dropout_, out_ in _split(size, q, k, v, dropout, out):
             attn = _probabilities(_quantize(q_, qq), _quantize(k_, qk), scale, dtype)
             if dropout_ is not None:
                 attn = attn * dropout_
-            out.append(_quantize(attn, qa).to(dtype) @ _quantize(v_, qv).to(dtype))
-        return out[0] if len(out) == 1 else torch.cat(out)
+            piece = _into(out_, _quantize(attn, qa).to(dtype), _quantize(v_, qv).to(dtype))
+        return piece if out is None else out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *steps, dropout = ctx.saved_tensors
         qq, qk, qv, qa = _attention_quantizers(steps, ctx.ranges)
-        dtype, numel, grads = ctx.dtype, q.numel(), []
-        for q_, k_, v_, dropout_, g in _attention_pieces(q, k, v, dropout, grad.to(dtype)):
+        dtype, numel, a_numel = ctx.dtype, q.numel(), q.numel() // q.shape[-1] * q.shape[-2]
+        size, sums = _attention_piece(q), []
+        outs = [torch.empty_like(q, dtype=qq.step.dtype, memory_format=torch.contiguous_format) if size < len(q) else None
+                for _ in range(3)]
+        for q_, k_, v_, dropout_, g, *outs_ in _split(size, q, k, v, dropout, grad, *outs):
+            g = g.to(dtype).contiguous()
             (position_q, q_hat), (position_k, k_hat), (position_v, v_hat) = (
                 _positions_and_values(x, quantizer) for x, quantizer in ((q_, qq), (k_, qk), (v_, qv)))
             softmax = _probabilities(q_hat, k_hat, ctx.scale, dtype)
             attn = softmax if dropout_ is None else softmax * dropout_
             position_a, attn_hat = _positions_and_values(attn, qa)
 
-            grad_v_hat, grad_attn_hat = attn_hat.to(dtype).mT @ g, g @ v_hat.to(dtype).mT
-            grad_attn, *grad_a = _lsq_backward_(grad_attn_hat, attn, position_a, attn_hat, qa, numel // q.shape[-1] *
-                                                q.shape[-2])
+            grad_v_hat, grad_attn_hat = _into(outs_[2], attn_hat.to(dtype).mT, g), g @ v_hat.to(dtype).mT
+            grad_attn, *grad_a = _lsq_backward_(grad_attn_hat, attn, position_a, attn_hat, qa, a_numel)
             if dropout_ is not None:
                 grad_attn = grad_attn * dropout_
             grad_scores = torch._softmax_backward_data(grad_attn, softmax, -1, softmax.dtype).to(dtype)
-            grad_q_hat = (grad_scores @ k_hat.to(dtype)).mul_(ctx.scale)
-            grad_k_hat = (grad_scores.mT @ q_hat.to(dtype)).mul_(ctx.scale)
-            grads.append((_lsq_backward_(grad_q_hat, q_, position_q, q_hat, qq, numel),
-                          _lsq_backward_(grad_k_hat, k_, position_k, k_hat, qk, numel),
-                          _lsq_backward_(grad_v_hat, v_, position_v, v_hat, qv, numel), (g[:0], *grad_a)))
-        (grad_q, *grad_qq), (grad_k, *grad_qk), (grad_v, *grad_qv), (_, *grad_a) = (
-            _join(pieces) for pieces in zip(*grads, strict=True))
-        return grad_q, grad_k, grad_v, *grad_qq, *grad_qk, *grad_qv, *grad_a, None, None, None, None
+            grad_q_hat = _into(outs_[0], grad_scores, k_hat.to(dtype)).mul_(ctx.scale)
+            grad_k_hat = _into(outs_[1], grad_scores.mT, q_hat.to(dtype)).mul_(ctx.scale)
+            grad_q, *grad_qq = _lsq_backward_(grad_q_hat, q_, position_q, q_hat, qq, numel)
+            grad_k, *grad_qk = _lsq_backward_(grad_k_hat, k_, position_k, k_hat, qk, numel)
+            grad_v, *grad_qv = _lsq_backward_(grad_v_hat, v_, position_v, v_hat, qv, numel)
+            sums.append((*grad_qq, *grad_qk, *grad_qv, *grad_a))
+        grads = (grad_q, grad_k, grad_v) if size == len(q) else (out.to(q.dtype) for out in outs)
+        return *grads, *_total(sums), None, None, None, None
 
 
 def _attention_quantizers(steps: list[Tensor], ranges: tuple[tuple[int, int], ...]) -> list[LSQ]:
@@ -300,9 +291,6 @@ def _attention_quantizers(steps: list[Tensor], ranges: tuple[tuple[int, int], ..
             for step, zero, code_range in zip(steps[::2], steps[1::2], ranges, strict=True)]
 
 
-def _attention_pieces(q: Tensor, k: Tensor, v: Tensor, dropout: Tensor | None, *more: Tensor) -> Iterator[tuple]:
-    """The arguments, split along the batch."""
-    size = _piece(len(q), q[0, ..., 0].numel() * q.shape[-2], q)
-    dropouts = [None] * -(-len(q) // size) if dropout is None else dropout.split(size)
-    return zip(q.split(size), k.split(size), v.split(size), dropouts, *(tensor.split(size) for tensor in more),
-               strict=True)
+def _attention_piece(q: Tensor) -> int:
+    """How many images to compute at a time, so that an N x N map of theirs stays in the cache."""
+    return _piece(len(q), q.shape[1] * q.shape[2] ** 2, q)
