@@ -94,16 +94,25 @@ def _lsq_backward_(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor, q: 
     grad, scale = grad.to(position.dtype), (numel * q.qp) ** -0.5
     grad_sum = None if q.zero is None else grad.sum_to_size(q.zero.shape)
     terms = x_hat.mul_(grad)
-    # hardtanh's backward is the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs.
-    # Its bounds are exclusive, but a value on the border is inside the range: hence the smallest of margins.
-    info = torch.finfo(position.dtype)
-    low, high = q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
-    grad_x = torch.ops.aten.hardtanh_backward.grad_input(grad, position, low, high, grad_input=grad)
+    grad_x = _inside_(grad, position, q)
     grad_step = terms.addcmul_(grad_x, x.to(position.dtype), value=-1).sum_to_size(q.step.shape) / q.step * scale
     if q.zero is None:
         return grad_x.to(x.dtype), grad_step, None
     grad_zero = (grad_x.sum_to_size(q.zero.shape) - grad_sum) * q.step * scale
     return grad_x.to(x.dtype), grad_step, grad_zero
+
+
+def _inside_(grad: Tensor, position: Tensor, q: LSQ) -> Tensor:
+    """`grad` where the position is in [qn, qp], else 0, in place.
+
+    hardtanh's backward is the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs. Its
+    bounds are exclusive, but a value on the border is inside the range: hence the smallest of margins.
+    """
+    info = torch.finfo(position.dtype)
+    low, high = q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
+    if torch.compiler.is_compiling():  # takes no `out`, and needs none: it fuses
+        return torch.ops.aten.hardtanh_backward(grad, position, low, high)
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, position, low, high, grad_input=grad)
 
 
 class _FakeQuantize(torch.autograd.Function):

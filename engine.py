@@ -1,174 +1,35 @@
-"""One epoch of training, evaluation, and the state of a training run that its checkpoints hold."""
+"""The loops: a training run, one epoch of it, an evaluation; and what they write to the log and TensorBoard."""
 
+import json
 import statistics
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from _quan_base import ActQ, clamp_steps_, named_quantizers
-from checkpoints import load_quantized
-from losses import DistillationLoss
+from _quan_base import ActQ, named_quantizers
+from checkpoints import write_checkpoint
+from losses import DistillationLoss, Teacher
 from quant_vision_transformer import QAttention
-from utils import DivergedError, MetricLogger, StopRequest, UserError, any_rank, plain_args, rng_states, set_rng_state
+from samplers import ResumableSampler
+from training import Training
+from utils import DivergedError, MetricLogger, StopRequest, any_rank, keep_log_before
 
 AMP_DTYPES = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# Flags that the learning rate of an epoch follows from.
-SCHEDULE_FLAGS = ('sched', 'epochs', 'cooldown_epochs', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_epochs',
-                  'decay_rate', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'scaled_lr')
-# Flags that a position within an epoch depends on.
-POSITION_FLAGS = ('batch_size', 'world_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'data_set')
-
-
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != 'none')
-
-
-def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """The learning rate schedule by epochs."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
-        noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed)
-    return scheduler
-
-
-@dataclass
-class Training:
-    """All that training changes.
-
-    Attributes:
-        model: the network outside any wrapper.
-        epoch: the epoch in progress, or the next one.
-        step: batches done of it. All of them: its evaluation is still due.
-        max_accuracy: best top-1 so far, in percent.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-    device: torch.device
-    epoch: int = 0
-    step: int = 0
-    max_accuracy: float = 0.
-
-    def update(self, clip_grad: float | None) -> None:
-        """One step of the optimizer by the gradients of the model, which are cleared."""
-        self.scaler.unscale_(self.optimizer)
-        if clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        clamp_steps_(self.model)
-        if self.ema is not None:
-            self.ema.update(self.model)
-
-    def end_epoch(self) -> None:
-        # The schedule is asked for the epoch that ended, not for the next one: DeiT does so, and with it the published
-        # runs. The first two epochs share one learning rate.
-        self.scheduler.step(self.epoch)
-        self.epoch, self.step = self.epoch + 1, 0
-
-    def checkpoint(self, args: Namespace, about: dict[str, Any]) -> dict[str, Any]:
-        """The file's contents. A collective.
-
-        Args:
-            about: `checkpoints.description` of the network.
-        """
-        # 'epoch' counts as in released files: the last complete epoch, or the one that `step` batches of are done.
-        state = {'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                 'lr_scheduler': self.scheduler.state_dict(), 'epoch': self.epoch if self.step else self.epoch - 1,
-                 'scaler': self.scaler.state_dict(), 'args': plain_args(args), 'qvit': about, 'step': self.step,
-                 'max_accuracy': self.max_accuracy, 'rng': rng_states(self.device)}
-        if self.ema is not None:
-            state['model_ema'] = self.ema.module.state_dict()
-        return state
-
-    def resume(self, checkpoint: dict[str, Any], args: Namespace) -> list[str]:
-        """Continues from a checkpoint, whose network must have been loaded: what it says of the rest of the state.
-
-        Returns:
-            What could not be taken, a line each.
-
-        Raises:
-            UserError: it was written within an epoch whose batches would be others now.
-        """
-        saved = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), Namespace) else {}
-        is_own, notes = 'qvit' in checkpoint, []
-        self.step = checkpoint.get('step', 0)
-        self.epoch = checkpoint.get('epoch', -1) + (self.step == 0)
-        self.max_accuracy = checkpoint.get('max_accuracy', 0.)
-        if 'epoch' not in checkpoint:
-            notes.append('epoch: not in the checkpoint, training starts with epoch 0')
-        changed = _changed(POSITION_FLAGS, saved, args)
-        if self.step and changed:
-            raise UserError(f'the checkpoint lies within epoch {self.epoch}, which continues only with the same '
-                            f'{", ".join(changed)}: pass these as before')
-
-        other_opt = _changed(('opt',), saved, args) if is_own else ['not written by this code']
-        changed = _changed(SCHEDULE_FLAGS, saved, args) if is_own else ['not written by this code']
-        notes += self._resume_optimizer(checkpoint.get('optimizer'), other_opt, keep_lr=not changed)
-        if not changed:
-            self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
-        else:
-            notes.append(f'lr_scheduler: not taken ({", ".join(changed)}), the learning rate follows from the epoch '
-                         'and the flags of this run')
-            if self.epoch:
-                self.scheduler.step(self.epoch - 1)
-
-        if self.scaler.is_enabled():
-            if checkpoint.get('scaler'):
-                self.scaler.load_state_dict(checkpoint['scaler'])
-            else:
-                notes.append('scaler: not in the checkpoint, the loss scale starts anew')
-        if self.ema is not None:
-            if checkpoint.get('model_ema'):
-                load_quantized(self.ema.module, {'model': checkpoint['model_ema']})
-            else:
-                self.ema.set(self.model)
-                notes.append('model_ema: not in the checkpoint, the average starts from the model')
-        elif checkpoint.get('model_ema'):
-            notes.append('model_ema: not taken without --model-ema')
-        if len(checkpoint.get('rng', ())) == args.world_size:
-            set_rng_state(checkpoint['rng'][args.rank], self.device)
-        else:
-            notes.append(f'rng: no random states of {args.world_size} processes in the checkpoint, drop path and mixup '
-                         'differ from those of an uninterrupted run')
-        return notes
-
-    def _resume_optimizer(self, state: dict[str, Any] | None, misfits: list[str], keep_lr: bool) -> list[str]:
-        flags = ('weight_decay', 'initial_lr', 'betas', 'eps', 'momentum', *(() if keep_lr else ('lr',)))
-        wanted = [{name: group[name] for name in flags if name in group} for group in self.optimizer.param_groups]
-        try:
-            if state is None or misfits:
-                raise ValueError(', '.join(misfits) or 'not in the checkpoint')
-            self.optimizer.load_state_dict(state)
-        except (KeyError, ValueError) as error:
-            return [f'optimizer: not taken ({" ".join(str(error).split())}), its moments start from zero']
-        for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
-            group.update(values)  # flags win over the file, which differs from them only where the user changed them
-        return []
-
-
-def _changed(names: Iterable[str], saved: dict[str, Any], args: Namespace) -> list[str]:
-    """The flags whose values differ from those in the checkpoint."""
-    now = vars(plain_args(args))
-    return [f'--{name.replace("_", "-")}' for name in names if saved.get(name) != now[name]]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -301,6 +162,29 @@ def evaluate(
     return stats
 
 
+def evaluate_and_say(what: str, predict: Callable[[Tensor], Tensor], loader: Iterable, device: torch.device,
+                     args: Namespace, stop: StopRequest | None = None) -> dict[str, float] | None:
+    """`evaluate` of 'test', 'test_ema' or 'teacher': its loss, acc1 and acc5, with the accuracy said in DeiT's words."""
+    header, name = {'test': ('Test:', 'network'), 'test_ema': ('Test EMA:', 'averaged network'),
+                    'teacher': ('Teacher:', 'teacher')}[what]
+    stats = evaluate(predict, loader, device, args, stop, header)
+    if stats is not None:
+        print(f'Accuracy of the {name} on the {stats.pop("n")} test images: {stats["acc1"]:.1f}%')
+    return stats
+
+
+def write_epoch(writer: SummaryWriter, test_stats: dict[str, float], quantizers: dict[str, dict[str, float]], at: int,
+                ) -> None:
+    """The results of an epoch, and its quantizers, to TensorBoard; `at` batches since the run began."""
+    for name, value in test_stats.items():
+        kind, _, key = name.rpartition('_')
+        writer.add_scalar(f'{kind}/{key}', value, at)
+    for name, entry in quantizers.items():
+        for what, value in entry.items():
+            writer.add_scalar(f'{what}/{name}', value, at)
+    writer.flush()
+
+
 # --- quantizers in the log --------------------------------------------------------------------------------------------
 
 
@@ -350,3 +234,79 @@ def quantizer_statistics(model: nn.Module, images: Tensor) -> dict[str, dict[str
     measured = [value for entry in found.values() for value in entry.values()]
     values = iter(torch.stack(measured).tolist() if measured else [])
     return {name: {what: next(values) for what in entry} for name, entry in found.items()}
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def fit(
+        network: nn.Module, training: Training, criterion: DistillationLoss, loader: DataLoader,
+        sampler: ResumableSampler, loader_val: DataLoader, mixup: Mixup | None, args: Namespace, about: dict[str, Any],
+        stop: StopRequest,
+) -> None:
+    """All epochs that remain, each with its evaluation, log line and checkpoints, or as many as signals allow.
+
+    Args:
+        network, training, criterion, loader, mixup, args, stop: see `train_one_epoch`.
+        sampler: that of the loader; is told epoch and position.
+        loader_val: for `evaluate`.
+        about: `checkpoints.description` of the network.
+    """
+    output = Path(args.output_dir) if args.output_dir and args.rank == 0 else None
+    batches = len(sampler.sampler) // args.batch_size
+    writer = probe = None
+    if output:
+        keep_log_before(output / 'log.txt', training.epoch)
+        writer = SummaryWriter(str(output / 'tensorboard'), purge_step=training.epoch * batches + training.step + 1)
+        images = [loader_val.dataset[index][0] for index in range(min(16, len(loader_val.dataset)))]
+        probe = torch.stack(images).to(training.device)
+
+    def save(*names: str) -> None:
+        if args.output_dir:
+            state = training.checkpoint(args, about)
+            for name in names if output else ():
+                write_checkpoint(state, output / name)
+
+    started = time.monotonic()
+    while training.epoch < args.epochs + args.cooldown_epochs:
+        epoch = training.epoch
+        sampler.set_epoch(epoch, training.step * args.batch_size)
+        train_stats, stopped = train_one_epoch(network, training, criterion, loader, args, stop, mixup, writer)
+        save('checkpoint.pth')  # now, so that nothing that happens during the evaluation costs the epoch
+        # Evaluated once, with the first epoch of the run.
+        teacher = criterion.teacher if training.max_accuracy < 0 else None
+        test_stats = None if stopped else evaluate_all(args, training, loader_val, stop, teacher)
+        if test_stats is None:
+            print(f'stopped by a signal in epoch {training.epoch} after batch {training.step} of {batches}, '
+                  + ('--resume auto continues from there' if args.output_dir else 'nothing saved without --output_dir'))
+            return
+        is_best = test_stats['test_acc1'] > training.max_accuracy
+        training.max_accuracy = max(training.max_accuracy, test_stats['test_acc1'])
+        print(f'Max accuracy: {training.max_accuracy:.2f}%')
+        training.end_epoch()
+        if output:
+            stats = {f'train_{name}': value for name, value in train_stats.items()} | test_stats
+            with (output / 'log.txt').open('a') as log:
+                log.write(json.dumps(stats | {'epoch': epoch, 'n_parameters': args.n_parameters}) + '\n')
+            write_epoch(writer, test_stats, quantizer_statistics(training.model, probe), training.epoch * batches)
+        save(*(['best_checkpoint.pth'] if is_best else []), 'checkpoint.pth')
+    print(f'Training time {timedelta(seconds=int(time.monotonic() - started))}')
+
+
+def evaluate_all(args: Namespace, training: Training, loader: DataLoader, stop: StopRequest, teacher: Teacher | None,
+                 ) -> dict[str, float] | None:
+    """The statistics of the network (test_), its average (test_ema_) and the teacher (teacher_); None if stopped."""
+    ema, device = training.ema, training.device
+    predictors = [('teacher', lambda images: teacher(images)[0])] if teacher is not None else []
+    predictors += [('test', training.model)] + ([('test_ema', ema.module)] if ema is not None else [])
+    found: dict[str, float] = {}
+    for name, predict in predictors:
+        if name == 'test_ema':
+            predict.to(device)  # with --model-ema-force-cpu only now
+        stats = evaluate_and_say(name, predict, loader, device, args, stop)
+        if name == 'test_ema' and args.model_ema_force_cpu:
+            predict.to('cpu')
+        if stats is None:
+            return None
+        found |= {f'{name}_{key}': value for key, value in stats.items()}
+    return found

@@ -16,32 +16,25 @@ import os
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from torch.utils.tensorboard import SummaryWriter
 
+import build
 import models  # noqa: F401  (registers the teachers)
 import quant_vision_transformer  # noqa: F401  (registers the students)
+import utils
 from _quan_base import calibrate, is_calibrated
-from checkpoints import description, load_full_precision, load_quantized, read_checkpoint, write_checkpoint
-from datasets import DATASETS, SeededSamples, build_dataset
-from engine import AMP_DTYPES, Training, build_scheduler, evaluate, quantizer_statistics, train_one_epoch
-from losses import DistillationLoss, Teacher, check_dgd_compatible
+from checkpoints import description, load_full_precision, load_quantized, read_checkpoint
+from datasets import DATASETS
+from engine import AMP_DTYPES, evaluate_and_say, fit
 from optim import build_optimizer
-from samplers import ExactEvalSampler, build_train_sampler
-from utils import (DivergedError, StopRequest, UserError, closest, describe_run, init_distributed, keep_log_before,
-                   leave_signals_to_parent, report, seed_everything)
+from training import build_training
+from utils import DivergedError, UserError, closest
 
 DEFAULT_MODEL = 'fourbits_deit_tiny_patch16_224'
 DEFAULT_SIZE = 224
@@ -163,13 +156,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.config:
-        args = parser.parse_args([*config_flags(parser, args.config), *(sys.argv[1:] if argv is None else argv)])
+        args = parser.parse_args([*utils.config_flags(parser, args.config), *(sys.argv[1:] if argv is None else argv)])
     args.model_kwargs = dict(args.model_kwargs or [])
     return args
-
-
-def mixes(args: Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def check_args(args: Namespace) -> None:
@@ -229,14 +218,11 @@ def check_args(args: Namespace) -> None:
     require(distills or not (args.teacher_model or args.teacher_path), '--teacher-model has nothing to do: pass '
             '--distillation-type hard or soft, or a --dgd-weight')
     require(not args.model_ema_force_cpu or args.model_ema, '--model-ema-force-cpu needs --model-ema')
-    require(not mixes(args) or args.batch_size % 2 == 0, f'--batch-size {args.batch_size}: mixup and cutmix need an '
-                                                          'even one')
+    require(not build.mixes(args) or args.batch_size % 2 == 0,
+            f'--batch-size {args.batch_size}: mixup and cutmix need an even one')
     require('adahessian' not in args.opt.lower(), '--opt adahessian needs second derivatives, which quantizers do not '
                                                   'have: choose another')
     build_optimizer(args, nn.Linear(1, 1))
-
-
-# --- the parts of a run -----------------------------------------------------------------------------------------------
 
 
 def resolve(args: Namespace, checkpoint: dict[str, Any] | None) -> None:
@@ -260,15 +246,101 @@ def resolve(args: Namespace, checkpoint: dict[str, Any] | None) -> None:
         raise UserError(f'{args.resume} is of {args.data_set}: pass its --data-path')
 
 
-def create_model(flag: str, name: str, num_classes: int, args: Namespace, **kwargs: Any) -> nn.Module:
-    """A network of timm's registry for the data of this run."""
+def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
+    """Joins the processes, reads the checkpoint, and settles, says and saves how everything is going to run."""
+    device_was_open = args.device is None
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = utils.init_distributed(args)
+    if device_was_open and args.device == 'cpu':
+        print('no CUDA GPU here: running on the CPU')
+    output = Path(args.output_dir) if args.output_dir else None
+    if args.resume == 'auto':
+        args.resume = str(output / 'checkpoint.pth') if (output / 'checkpoint.pth').is_file() else ''
+        print(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
+    elif output and not args.resume and (output / 'checkpoint.pth').is_file():
+        print(f'{output} holds an earlier run, which this one overwrites (--resume auto would continue it)')
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    resolve(args, checkpoint)
+    effective_batch = args.batch_size * args.grad_accum_steps * args.world_size
+    args.scaled_lr = args.lr * effective_batch / 512
+    run = utils.describe_run(args) | {'effective_batch': effective_batch, 'scaled_lr': args.scaled_lr}
+    print(json.dumps(run))
+    if output and args.rank == 0 and not args.eval:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / 'args.json').write_text(json.dumps(run, indent=2) + '\n')
+    return device, checkpoint
+
+
+def run_evaluation(args: Namespace) -> None:
+    device, checkpoint = prepare(args)
+    about = checkpoint.get('qvit', {})
+    head = checkpoint.get('model', checkpoint).get('head.weight')
+    args.nb_classes = about.get('num_classes', None if head is None else len(head))
+    _, dataset, num_classes = build.build_datasets(args)
+    if about.get('classes') not in (None, list(dataset.classes)):
+        print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
+    model = build.build_student(args, num_classes)
+    load_quantized(model, checkpoint)
+    if not is_calibrated(model):
+        raise UserError(f'{args.resume} holds quantizers without steps: train it first')
+    loader = build.build_eval_loader(args, dataset)
+    evaluate_and_say('test', model.to(device), loader, device, args)
+    if args.model_ema and 'model_ema' in checkpoint:
+        load_quantized(model, {'model': checkpoint['model_ema']})
+        evaluate_and_say('test_ema', model, loader, device, args)
+
+
+def run_training(args: Namespace) -> None:
+    device, checkpoint = prepare(args)
+    # cuDNN's faster backward of the patch embedding adds in another order every time: no run could be resumed exactly.
+    torch.backends.cudnn.deterministic = True
+    dataset_train, dataset_val, num_classes = build.build_datasets(args)
+    loader, sampler = build.build_train_loader(args, dataset_train)
+
+    utils.seed_everything(args.seed)  # alike on all ranks
+    model = build.build_student(args, num_classes)
+    if args.finetune:
+        for note in load_full_precision(model, read_checkpoint(args.finetune)):
+            print(f'--finetune: {note}')
+    if checkpoint:
+        load_quantized(model, checkpoint)
+    model.to(device)
+    teacher = build.build_teacher(args, num_classes)
+    criterion = build.build_criterion(args, model, teacher if teacher is None else teacher.to(device))
+    utils.seed_everything(args.seed + args.rank)
+    if not is_calibrated(model):
+        first = [dataset_train[index][0] for index in itertools.islice(sampler, args.batch_size)]
+        calibrate(model, torch.stack(first).to(device))
+    network, training = build.wrap(args, model, device), build_training(args, model, device)
+    args.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f'number of params: {args.n_parameters}')
+    if checkpoint:
+        for note in training.resume(checkpoint, args):
+            print(f'{args.resume}: {note}')
+        print(f'{args.resume}: continuing at epoch {training.epoch}, batch {training.step}')
+    about = description(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_train.classes),
+                        args.data_set)
+    with utils.StopRequest() as stop:
+        fit(network, training, criterion, loader, sampler, build.build_eval_loader(args, dataset_val),
+            build.build_mixup(args, num_classes), args, about, stop)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
     try:
-        try:
-            return timm.create_model(name, num_classes=num_classes, img_size=args.input_size, **kwargs)
-        except TypeError:  # other networks than vision transformers take any image size
-            if 'img_size' in kwargs or 'deit' in name or 'vit' in name:
-                raise
-            return timm.create_model(name, num_classes=num_classes, **kwargs)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{flag} {name} cannot be built ({reason}): correct its options or --input-size') from error
+        args = parse_args(argv)
+        check_args(args)
+        run_evaluation(args) if args.eval else run_training(args)
+    except UserError as error:
+        utils.report(error)
+        return 2
+    except DivergedError as error:
+        utils.report(error)
+        return 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

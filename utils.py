@@ -83,7 +83,7 @@ def config_flags(parser: ArgumentParser, path: str) -> list[str]:
     return flags
 
 
-# --- distributed runs ------------------------------------------------------------------------------------------------
+# --- distributed runs -------------------------------------------------------------------------------------------------
 
 
 def launched_as() -> tuple[int, int, int, int]:
@@ -183,7 +183,7 @@ def leave_signals_to_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# --- randomness ------------------------------------------------------------------------------------------------------
+# --- randomness -------------------------------------------------------------------------------------------------------
 
 
 def seed_everything(seed: int) -> None:
@@ -215,7 +215,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state['cuda'], device)
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 class SmoothedValue:
@@ -328,7 +328,7 @@ class MetricLogger:
         return {name: total / max(count, 1) for name, (total, count) in zip(self.meters, sums.tolist(), strict=True)}
 
 
-# --- the record of a run ---------------------------------------------------------------------------------------------
+# --- the record of a run ----------------------------------------------------------------------------------------------
 
 
 def plain_args(args: Namespace) -> Namespace:

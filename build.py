@@ -1,0 +1,210 @@
+"""The parts of a run, built from its flags: networks, teacher, criterion, data loaders."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from _quan_base import is_calibrated
+from checkpoints import create_from_checkpoint, load_full_precision, read_checkpoint
+from datasets import SeededSamples, build_dataset
+from losses import DistillationLoss, Teacher, check_dgd_compatible
+from quant_vision_transformer import QVisionTransformer
+from samplers import ExactEvalSampler, ResumableSampler, build_train_sampler
+from utils import UserError, leave_signals_to_parent
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def _create(flag: str, name: str, num_classes: int, input_size: int, drop: float = 0., **kwargs: Any) -> nn.Module:
+    """A network of timm's registry, for images of (input_size, input_size)."""
+    of_transformer = {'pos_drop_rate': drop, 'proj_drop_rate': drop} if drop else {}
+    try:
+        try:
+            return timm.create_model(name, img_size=input_size, num_classes=num_classes, **of_transformer, **kwargs)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            # Not a vision transformer: its weights do not depend on the image size.
+            return timm.create_model(name, num_classes=num_classes, drop_rate=drop, **kwargs)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{flag} {name} cannot be built ({reason}): correct its options or --input-size') from error
+
+
+def build_student(args: Namespace, num_classes: int) -> nn.Module:
+    """The network that `--model` and `--model-kwargs` name, not yet calibrated."""
+    student = _create('--model', args.model, num_classes, args.input_size, args.drop, drop_path_rate=args.drop_path,
+                      **args.model_kwargs)
+    if hasattr(student, 'set_distilled_training'):  # timm's distilled networks return the mean of their heads otherwise
+        student.set_distilled_training(True)
+    return student
+
+
+def build_teacher(args: Namespace, num_classes: int) -> nn.Module | None:
+    """The network that `--teacher-model` and `--teacher-path` name; None if nothing is learned from one.
+
+    Raises:
+        UserError: its weights cannot be had, or it is for other images or classes.
+    """
+    if args.distillation_type == 'none' and not args.dgd_weight:
+        return None
+    teacher = _teacher_from_file(args, num_classes) if args.teacher_path else _pretrained_teacher(args, num_classes)
+    if not is_calibrated(teacher):
+        raise UserError(f'--teacher-model {args.teacher_model} is quantized and not calibrated: choose a '
+                        'full-precision one')
+    return teacher
+
+
+def _check_classes(args: Namespace, teacher_classes: int, num_classes: int) -> None:
+    if teacher_classes != num_classes:
+        raise UserError(f'the teacher {args.teacher_path or args.teacher_model} has {teacher_classes} classes, '
+                        f'{args.data_set} has {num_classes}: choose a teacher of this data set')
+
+
+def _teacher_from_file(args: Namespace, num_classes: int) -> nn.Module:
+    checkpoint = read_checkpoint(args.teacher_path)
+    about = checkpoint.get('qvit')
+    if about is not None:  # the file describes its network
+        if args.teacher_model not in (None, about['model']):
+            raise UserError(f'--teacher-model {args.teacher_model}, but {args.teacher_path} is of {about["model"]}: '
+                            'leave the flag out')
+        if about['input_size'] != args.input_size:
+            raise UserError(f'the teacher {args.teacher_path} is for --input-size {about["input_size"]}, '
+                            f'not {args.input_size}')
+        _check_classes(args, about['num_classes'], num_classes)
+        return create_from_checkpoint(checkpoint)
+    if args.teacher_model is None:
+        raise UserError(f'--teacher-path {args.teacher_path} does not say which network it holds: name it with '
+                        '--teacher-model')
+    teacher = _create('--teacher-model', args.teacher_model, num_classes, args.input_size)
+    head = checkpoint.get('model', checkpoint).get('head.weight')
+    if head is not None:
+        _check_classes(args, len(head), num_classes)
+    for note in load_full_precision(teacher, checkpoint):
+        print(f'teacher: {note}')
+    return teacher
+
+
+def _pretrained_teacher(args: Namespace, num_classes: int) -> nn.Module:
+    published = timm.get_pretrained_cfg(args.teacher_model)
+    if published is None or not published.has_weights:
+        raise UserError(f'--teacher-model {args.teacher_model} has no published weights: give its checkpoint with '
+                        '--teacher-path')
+    _check_classes(args, published.num_classes, num_classes)
+    try:
+        return _create('--teacher-model', args.teacher_model, num_classes, args.input_size, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub's and the network's libraries raise where there is no connection
+        raise UserError(f'the weights of --teacher-model {args.teacher_model} cannot be downloaded '
+                        f'({type(error).__name__}): give them with --teacher-path') from error
+
+
+def build_criterion(args: Namespace, student: nn.Module, teacher: nn.Module | None) -> DistillationLoss:
+    """The training loss. Says whether DGD is part of it where --dgd-weight leaves that open.
+
+    Raises:
+        UserError: DGD was asked for, but the attention of the two networks cannot be compared.
+    """
+    weight = args.dgd_weight or 0.
+    if teacher is not None and args.dgd_weight != 0:
+        reason = None if isinstance(student, QVisionTransformer) else f'student {args.model} is not quantized'
+        reason = reason or check_dgd_compatible(student, teacher)
+        if args.dgd_weight is None:
+            weight = 0. if reason else 1.
+            print(f'--dgd-weight {weight:g}: ' + (reason or 'the layers and heads of the teacher match'))
+        elif reason:
+            raise UserError(f'--dgd-weight {weight:g} cannot be used, {reason}: pass --dgd-weight 0')
+    if mixes(args):
+        base = SoftTargetCrossEntropy()
+    else:
+        base = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    wrapped = None if teacher is None else Teacher(teacher, return_qk=weight > 0)
+    return DistillationLoss(base, wrapped, args.distillation_type, args.distillation_alpha, args.distillation_tau,
+                            weight, getattr(student, 'num_prefix_tokens', 1))
+
+
+def wrap(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
+    """What to call in training: the model, compiled if asked for, within DistributedDataParallel if there are ranks."""
+    if args.compile:
+        model.compile()  # in place: names in checkpoints stay as they are
+    if not dist.is_initialized():
+        return model
+    # Buffers of quantizers do not change after calibration; the running statistics of other networks do.
+    has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
+                                   broadcast_buffers=has_statistics)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def mixes(args: Namespace) -> bool:
+    """Whether batches are mixed, so that labels are distributions over the classes."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
+    if not mixes(args):
+        return None
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                 label_smoothing=args.smoothing, num_classes=num_classes)
+
+
+@contextmanager
+def _rank_0_first(args: Namespace) -> Iterator[None]:
+    """Rank 0 runs the body, then the others: what it downloads is there for them."""
+    if dist.is_initialized() and args.rank > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and args.rank == 0:
+            dist.barrier()
+
+
+def build_datasets(args: Namespace) -> tuple[Dataset | None, Dataset, int]:
+    """Training part (None with --eval), evaluation part, number of classes."""
+    with _rank_0_first(args):
+        if args.eval:
+            return None, *build_dataset(False, args)
+        train, num_classes = build_dataset(True, args)
+        args.nb_classes = num_classes
+        return SeededSamples(train), build_dataset(False, args)[0], num_classes
+
+
+def _loader_options(args: Namespace) -> dict[str, Any]:
+    # A generator of their own: starting a loader must not draw from the global one, whose state a checkpoint holds.
+    return {'num_workers': args.num_workers, 'generator': torch.Generator().manual_seed(args.seed),
+            'pin_memory': args.pin_mem and args.device.startswith('cuda'),
+            'worker_init_fn': leave_signals_to_parent}
+
+
+def build_train_loader(args: Namespace, dataset: Dataset) -> tuple[DataLoader, ResumableSampler]:
+    """The loader of this rank's training batches, and its sampler, which is told the epoch and the position.
+
+    Raises:
+        UserError: there are not enough images for a batch.
+    """
+    sampler = build_train_sampler(dataset, args.repeated_aug, args.world_size, args.rank, args.seed)
+    if len(sampler) < args.batch_size:
+        raise UserError(f'--batch-size {args.batch_size}, but an epoch has {len(sampler)} images for each process: '
+                        'choose a smaller one')
+    return DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True,
+                      persistent_workers=args.num_workers > 0, **_loader_options(args)), sampler
+
+
+def build_eval_loader(args: Namespace, dataset: Dataset) -> DataLoader:
+    """The loader of this rank's share of the evaluation images: all of them without --dist-eval."""
+    sampler = ExactEvalSampler(dataset, args.world_size, args.rank) if args.dist_eval else SequentialSampler(dataset)
+    return DataLoader(dataset, max(1, int(1.5 * args.batch_size)), sampler=sampler, **_loader_options(args))
