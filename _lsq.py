@@ -1,16 +1,16 @@
 """The mathematics of learned step size quantization (LSQ): pure functions of tensors, with their gradients.
 
-LSQ is Esser et al., ICLR 2020 (arXiv 1902.08153); the zero point of the activations is that of LSQ+ (Bhalgat et al., 2020,
-arXiv 2004.09576), both as Q-ViT uses them (Li et al., NeurIPS 2022, Section 3.1). With the integer range [qn, qp]:
+LSQ is Esser et al., ICLR 2020 (arXiv 1902.08153); the zero point of the activations is that of LSQ+ (Bhalgat et al.,
+2020, arXiv 2004.09576), both as Q-ViT uses them (Li et al., NeurIPS 2022, Section 3.1). With integer codes in [qn, qp]:
 
     weights       w_hat = round(clamp(w / alpha, qn, qp)) * alpha                 one alpha per output channel
     activations   x_hat = (round(clamp(x / alpha + z, qn, qp)) - z) * alpha       one alpha and z per input channel
 
-Rounding is to nearest even and straight-through; z is rounded to an integer, straight-through too; the gradients of alpha
-and z are multiplied by 1 / sqrt(numel * qp).
+Rounding is to nearest even and straight-through; z is rounded to an integer, straight-through too; the gradients of
+alpha and z are multiplied by 1 / sqrt(numel * qp).
 
-A quantized tensor is never kept for the backward: the products below keep what their full-precision counterparts keep and
-quantize it again. Nothing here reads a tensor's value on the host.
+A quantized tensor is never kept for the backward: the products below keep what their full-precision counterparts keep
+and quantize it again. Nothing here reads a tensor's value on the host.
 """
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ['LSQ', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized
 
 
 class LSQ(NamedTuple):
-    """A quantizer's state during one call: `step` and `zero` broadcast against the tensor, `zero` is None for weights."""
+    """A quantizer's state in one call: `step` and `zero` broadcast against the tensor, `zero` is None for weights."""
     step: Tensor
     zero: Tensor | None
     qn: int
@@ -88,8 +88,8 @@ def _lsq_backward_(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor, q: 
     """Gradients of x, alpha and z from `grad`, that of x_hat. `grad` and `x_hat` are used up: large tensors are dear.
 
     dx = grad inside the range and 0 outside. Summed over a channel, dalpha = (grad x_hat - dx x) / alpha and
-    dz = (dx - grad) alpha, both times 1 / sqrt(numel * qp), where x is all of the quantized tensor's `numel` values or a
-    piece of them.
+    dz = (dx - grad) alpha, both times 1 / sqrt(numel * qp), where x is all of the quantized tensor's `numel` values or
+    a piece of them.
     """
     grad, scale = grad.to(position.dtype), (numel * q.qp) ** -0.5
     grad_sum = None if q.zero is None else grad.sum_to_size(q.zero.shape)
@@ -105,8 +105,8 @@ def _lsq_backward_(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor, q: 
 def _inside_(grad: Tensor, position: Tensor, q: LSQ) -> Tensor:
     """`grad` where the position is in [qn, qp], else 0, in place.
 
-    hardtanh's backward is the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs. Its
-    bounds are exclusive, but a value on the border is inside the range: hence the smallest of margins.
+    hardtanh's backward is the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs.
+    Its bounds are exclusive, but a value on the border is inside the range: hence the smallest of margins.
     """
     info = torch.finfo(position.dtype)
     low, high = q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
@@ -269,8 +269,9 @@ class _QuantizedAttention(torch.autograd.Function):
         qq, qk, qv, qa = _attention_quantizers(steps, ctx.ranges)
         dtype, numel, a_numel = ctx.dtype, q.numel(), q.numel() // q.shape[-1] * q.shape[-2]
         size, sums = _attention_piece(q), []
-        outs = [torch.empty_like(q, dtype=qq.step.dtype, memory_format=torch.contiguous_format) if size < len(q) else None
-                for _ in range(3)]
+        outs = [None, None, None]
+        if size < len(q):
+            outs = [torch.empty(q.shape, dtype=qq.step.dtype, device=q.device) for _ in outs]
         for q_, k_, v_, dropout_, g, *outs_ in _split(size, q, k, v, dropout, grad, *outs):
             g = g.to(dtype).contiguous()
             (position_q, q_hat), (position_k, k_hat), (position_v, v_hat) = (

@@ -1,7 +1,7 @@
 """Quantizers and quantized layers: the modules that hold learned steps, and their calibration.
 
-The mathematics is in `_lsq.py`. Whether a quantizer is calibrated and signed are Python values that a forward branches on
-without reading a tensor; the buffers `init_state` and `signed` mirror them in checkpoints.
+The mathematics is in `_lsq.py`. Whether a quantizer is calibrated and signed are Python values that a forward branches
+on without reading a tensor; the buffers `init_state` and `signed` mirror them in checkpoints.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UncalibratedError(RuntimeError):
     """A quantizer was used in evaluation before it had a step."""
 
 
-# --- calibration: how a quantizer gets its first step ------------------------------------------------------------------
+# --- calibration: how a quantizer gets its first step -----------------------------------------------------------------
 
 # x as (channels, values of that channel), qn, qp -> step and zero point, each a number or of shape (channels,)
 Rule = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
@@ -94,14 +94,14 @@ class _Calibrated(nn.Module):
             self.calibrated = bool(self.init_state.item())
 
 
-# --- the layers --------------------------------------------------------------------------------------------------------
+# --- the layers -------------------------------------------------------------------------------------------------------
 
 
 class ActQ(_Calibrated):
     """Quantizer of an activation: one step and one zero point per channel (or one of each per tensor).
 
-    The channel axis is the last of a 2-D (N, C) or 3-D (B, N, C) input and axis 1 of a 4-D one (images: colours; q, k, v
-    and attention: heads). Whether codes are signed is found at calibration.
+    The channel axis is the last of a 2-D (N, C) or 3-D (B, N, C) input and axis 1 of a 4-D one (images: colours; q, k,
+    v and attention: heads). Whether codes are signed is found at calibration.
 
     Args:
         channels: number of channels.
@@ -134,7 +134,9 @@ class ActQ(_Calibrated):
         return LSQ(self.alpha.view(shape), self.zero_point.view(shape), *self.code_range)
 
     def _calibrate(self, x: Tensor, rule: Rule) -> None:
-        channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1) if self.granularity == 'channel' else x.reshape(1, -1)
+        channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1)
+        if self.granularity == 'tensor':
+            channels = channels.reshape(1, -1)
         below = _mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype))
         self.signed_codes = bool(below > 0)
         self.signed.fill_(self.signed_codes)
@@ -164,8 +166,9 @@ class _WeightQuantized(_Calibrated):
     """What `LinearQ` and `Conv2dQ` share: the weight's quantizer, one step per output channel, always signed.
 
     In evaluation the quantized weight is computed once and kept until the weight or its steps change: on any in-place
-    operation that autograd sees (an optimizer's step, `copy_`), a load, a move, another dtype, or a switch of mode. Only
-    a write through `.data` in evaluation mode goes unnoticed; `eval()` after it suffices. Compiled graphs compute it anew.
+    operation that autograd sees (an optimizer's step, `copy_`), a load, a move, another dtype, or a switch of mode.
+    Only a write through `.data` in evaluation mode goes unnoticed; `eval()` after it suffices. Compiled graphs compute
+    it anew, fused with the rest.
     """
     weight: nn.Parameter
     act: ActQ
@@ -206,7 +209,7 @@ class _WeightQuantized(_Calibrated):
 
     @torch.no_grad()
     def to_int(self) -> Tensor:
-        """The weight's integer codes, int32, in [qn, qp], of the weight's shape; code * alpha is its quantized value."""
+        """The weight's integer codes, int32, in [qn, qp], of its shape; code * alpha is the quantized value."""
         return codes(self.weight, self.weight_lsq())
 
     def train(self, mode: bool = True):
@@ -249,18 +252,21 @@ class Conv2dQ(_WeightQuantized, nn.Conv2d):
         q, qw = self.act.lsq(x), self.weight_lsq()
         if self._takes_patches(x):
             return self._forward_patches(x, q, qw)
-        return F.conv2d(fake_quantize(x, q), fake_quantize(self.weight, qw), self.bias, self.stride, self.padding,
-                        self.dilation, self.groups)
+        w_hat = None if torch.is_grad_enabled() else self._weight_in_evaluation()
+        w_hat = fake_quantize(self.weight, qw) if w_hat is None else w_hat
+        return F.conv2d(fake_quantize(x, q), w_hat, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _takes_patches(self, x: Tensor) -> bool:
         """Whether the filters tile the image, as a ViT's patch embedding does."""
         tiled = self.stride == self.kernel_size and self.padding == (0, 0) and self.dilation == (1, 1)
-        return tiled and self.groups == 1 and all(n % k == 0 for n, k in zip(x.shape[-2:], self.kernel_size, strict=True))
+        whole = all(n % k == 0 for n, k in zip(x.shape[-2:], self.kernel_size, strict=True))
+        return tiled and whole and self.groups == 1
 
     def _forward_patches(self, x: Tensor, q: LSQ, qw: LSQ) -> Tensor:
         """The convolution as a linear layer of flattened patches: its backward is several times faster on a CPU."""
         (h, w), filters = self.kernel_size, self.weight.flatten(1)
-        patches = x.unflatten(3, (-1, w)).unflatten(2, (-1, h)).permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H', W', C h w)
+        patches = x.unflatten(3, (-1, w)).unflatten(2, (-1, h))    # (B, C, H', h, W', w)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)     # (B, H', W', C h w)
         q = q._replace(step=q.step.expand(x.shape[1], h, w).flatten(), zero=q.zero.expand(x.shape[1], h, w).flatten())
         w_hat = self._weight_in_evaluation()
         out = quantized_linear(patches, filters, q, qw._replace(step=qw.step.flatten(1)), self.bias,
@@ -274,7 +280,7 @@ def _checked_bits(bits: int) -> int:
     return bits
 
 
-# --- whole models ------------------------------------------------------------------------------------------------------
+# --- whole models -----------------------------------------------------------------------------------------------------
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActQ | LinearQ | Conv2dQ]]:

@@ -1,8 +1,8 @@
 """Checkpoint files: reading them safely, writing them whole, and taking them into a network.
 
-A file has the form that DeiT and Q-ViT release: a dict with `model`, `optimizer`, `lr_scheduler`, `epoch`, `scaler` and
-`args` (an argparse.Namespace). Files of this project add `qvit`, which says what network they hold. Nothing but tensors,
-plain values and that Namespace is ever unpickled.
+A file has the form that DeiT and Q-ViT release: a dict with `model`, `optimizer`, `lr_scheduler`, `epoch`, `scaler`
+and `args` (an argparse.Namespace). Files of this project add `qvit`, which says what network they hold. Nothing but
+tensors, plain values and that Namespace is ever unpickled.
 """
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def write_checkpoint(state: dict, path: str | Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-# --- what a file holds -------------------------------------------------------------------------------------------------
+# --- what a file holds ------------------------------------------------------------------------------------------------
 
 
 def description(model_name: str, model_kwargs: dict, num_classes: int, input_size: int,
@@ -85,7 +85,7 @@ def description(model_name: str, model_kwargs: dict, num_classes: int, input_siz
 
 
 def create_from_checkpoint(checkpoint: dict) -> nn.Module:
-    """The network that the checkpoint's `qvit` entry describes, with its weights. Its module must have been imported."""
+    """The network that the checkpoint's `qvit` entry describes, with its weights. Import its module first."""
     about = checkpoint.get('qvit')
     if about is None:
         raise UserError('the checkpoint does not say which network it holds: name it with --model')
@@ -100,7 +100,8 @@ def create_from_checkpoint(checkpoint: dict) -> nn.Module:
 
 def _state_dict(checkpoint: dict) -> dict[str, Tensor]:
     """The model's entry of a checkpoint, or the checkpoint itself where it is a bare state_dict."""
-    state = next((checkpoint[key] for key in ('model', 'state_dict') if isinstance(checkpoint.get(key), dict)), checkpoint)
+    entries = [checkpoint[key] for key in ('model', 'state_dict') if isinstance(checkpoint.get(key), dict)]
+    state = entries[0] if entries else checkpoint
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"the checkpoint has no model: its entries are {_some(checkpoint)}")
     return {name.removeprefix('module.'): value for name, value in state.items()}
@@ -115,7 +116,7 @@ def _some(names: Iterable[str], most: int = 6) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
-# --- a checkpoint of the same network ----------------------------------------------------------------------------------
+# --- a checkpoint of the same network ---------------------------------------------------------------------------------
 
 
 def load_quantized(model: nn.Module, checkpoint: dict) -> None:
@@ -135,7 +136,7 @@ def load_quantized(model: nn.Module, checkpoint: dict) -> None:
     for option, part in (('irm', '.norm_q.'), ('quantize_attn', '.attn_act.')):
         if any(part in name for name in missing + unexpected):
             value = not any(part in name for name in missing)
-            raise UserError(f'the checkpoint is of a network with {option}={value}: pass --model-kwargs {option}={value}')
+            raise UserError(f'the checkpoint was made with {option}={value}: pass --model-kwargs {option}={value}')
     _refuse(missing, unexpected)
     model.load_state_dict(given)
 
@@ -171,7 +172,7 @@ def _refuse(missing: list[str], unexpected: list[str]) -> None:
         raise UserError(f'the checkpoint does not fit the model: it {" and ".join(lists)}')
 
 
-# --- a full-precision checkpoint for a quantized network ---------------------------------------------------------------
+# --- a full-precision checkpoint for a quantized network --------------------------------------------------------------
 
 
 def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:

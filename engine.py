@@ -164,7 +164,7 @@ def evaluate(
 
 def evaluate_and_say(what: str, predict: Callable[[Tensor], Tensor], loader: Iterable, device: torch.device,
                      args: Namespace, stop: StopRequest | None = None) -> dict[str, float] | None:
-    """`evaluate` of 'test', 'test_ema' or 'teacher': its loss, acc1 and acc5, with the accuracy said in DeiT's words."""
+    """`evaluate` of 'test', 'test_ema' or 'teacher' to loss, acc1 and acc5; says the accuracy in DeiT's words."""
     header, name = {'test': ('Test:', 'network'), 'test_ema': ('Test EMA:', 'averaged network'),
                     'teacher': ('Teacher:', 'teacher')}[what]
     stats = evaluate(predict, loader, device, args, stop, header)

@@ -2,13 +2,13 @@
 
 The network is timm's distilled DeiT with a quantized patch embedding, quantized blocks and quantized heads. A block:
 
-    Q-Attention   q, k, v = LinearQ(x) per head; q~ = LN(q), k~ = LN(k) (IRM, Eq. 7); A = softmax(q~_hat k~_hat^T / sqrt(d));
-                  LinearQ(A_hat v_hat)
+    Q-Attention   q, k, v = LinearQ(x) per head; q~ = LN(q), k~ = LN(k) (IRM);
+                  A = softmax(q~_hat k~_hat^T / sqrt(d)); LinearQ(A_hat v_hat)
     Q-MLP         LinearQ(clip(GELU(LinearQ(x)), -10, 10))
 
 IRM shifts and scales q and k so that their codes carry the most information: a LayerNorm of the head dimension, shared
-by the heads, whose affine parameters are learned. LayerNorms, softmax, GELU, residual sums, embeddings and biases stay in
-full precision; the patch embedding and the heads have 8 bits whatever the bits of the blocks.
+by the heads, whose affine parameters are learned. LayerNorms, softmax, GELU, residual sums, embeddings and biases stay
+in full precision; the patch embedding and the heads have 8 bits whatever the bits of the blocks.
 """
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
 from _lsq import quantized_attention
+from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
 from checkpoints import adapt_full_precision
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QuantConfig']  # and every variant
@@ -121,7 +121,8 @@ class _ClippedGELU(torch.autograd.Function):
 class QMlp(nn.Module):
     """Q-MLP: (B, N, dim) -> (B, N, dim)."""
 
-    def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0., device=None, dtype=None) -> None:
+    def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0.,
+                 device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.fc1 = LinearQ(dim, hidden_dim, **dd, **quant.layer())
@@ -183,15 +184,14 @@ class QVisionTransformer(VisionTransformerDistilled):
 
     def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', irm: bool = True,
                  quantize_attn: bool = True, **kwargs) -> None:
-        fixed = ('act_layer', 'attn_layer', 'block_fn', 'embed_layer', 'mlp_layer', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm',
-                 'init_values')
-        for name in fixed:
-            if kwargs.pop(name, None):
+        for name in ('act_layer', 'attn_layer', 'block_fn', 'embed_layer', 'init_values', 'mlp_layer', 'proj_bias',
+                     'qk_norm', 'scale_attn_norm', 'scale_mlp_norm'):
+            if kwargs.pop(name, name == 'proj_bias') not in (None, name == 'proj_bias'):
                 raise ValueError(f'{name} is not an option of the quantized network')
-        self_quant = QuantConfig(weight_bits, act_bits, act_granularity, irm, quantize_attn)
-        super().__init__(*args, block_fn=partial(QBlock, quant=self_quant),
-                         embed_layer=partial(QPatchEmbed, quant=self_quant), **kwargs)
-        self.quant = self_quant
+        quant = QuantConfig(weight_bits, act_bits, act_granularity, irm, quantize_attn)
+        super().__init__(*args, block_fn=partial(QBlock, quant=quant),
+                         embed_layer=partial(QPatchEmbed, quant=quant), **kwargs)
+        self.quant = quant
         self.distilled_training = True
         self.reset_classifier(self.num_classes)
 
@@ -241,7 +241,7 @@ class QVisionTransformer(VisionTransformerDistilled):
         return self.forward_head(x), qk
 
 
-# --- the registered variants -------------------------------------------------------------------------------------------
+# --- the registered variants ------------------------------------------------------------------------------------------
 
 BITS = {'twobits': 2, 'threebits': 3, 'fourbits': 4}
 SIZES = {  # name: (width, heads); depth 12, MLP ratio 4
@@ -257,7 +257,8 @@ def _full_precision_cfg(size: str) -> dict:
 
 
 default_cfgs = generate_default_cfgs({
-    f'{bits}_deit_{size}_patch16_224.full_precision_in1k': _full_precision_cfg(size) for bits in BITS for size in SIZES})
+    f'{bits}_deit_{size}_patch16_224.full_precision_in1k': _full_precision_cfg(size)
+    for bits in BITS for size in SIZES})
 
 
 def _register_variant(bits_name: str, size: str) -> None:
