@@ -1,5 +1,6 @@
 """The parts of a run, built from its flags: networks, teacher, criterion, data loaders."""
 
+import inspect
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from datasets import SeededSamples, build_dataset
 from losses import DistillationLoss, Teacher, check_dgd_compatible
 from quant_vision_transformer import QVisionTransformer
 from samplers import ExactEvalSampler, ResumableSampler, build_train_sampler
-from utils import UserError, leave_signals_to_parent
+from utils import UserError, outlive_signals
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -142,8 +143,10 @@ def wrap(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
         return model
     # Buffers of quantizers do not change after calibration; the running statistics of other networks do.
     has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    known = inspect.signature(DistributedDataParallel).parameters
+    renamed = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # by PyTorch 2.15
     return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
-                                   broadcast_buffers=has_statistics)
+                                   **{renamed: has_statistics})
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ def _loader_options(args: Namespace) -> dict[str, Any]:
     # A generator of their own: starting a loader must not draw from the global one, whose state a checkpoint holds.
     return {'num_workers': args.num_workers, 'generator': torch.Generator().manual_seed(args.seed),
             'pin_memory': args.pin_mem and args.device.startswith('cuda'),
-            'worker_init_fn': leave_signals_to_parent}
+            'worker_init_fn': outlive_signals}
 
 
 def build_train_loader(args: Namespace, dataset: Dataset) -> tuple[DataLoader, ResumableSampler]:

@@ -18,7 +18,6 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -55,8 +54,7 @@ def _load(load, path: str | Path) -> dict:
         refused = re.search(r'GLOBAL ([\w.]+)', str(error))
         raise UserError(f'{path}: refused, loading it would import {refused[1]}; only tensors and plain values are read'
                         if refused else f'{path}: not a PyTorch checkpoint, or damaged') from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
-            SafetensorError) as error:
+    except Exception as error:  # a damaged file can raise nearly any, from struct.error to SafetensorError
         raise UserError(f'{path}: truncated or damaged, or not a PyTorch checkpoint') from error
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint')
@@ -103,7 +101,7 @@ def _state_dict(checkpoint: dict) -> dict[str, Tensor]:
     entries = [checkpoint[key] for key in ('model', 'state_dict') if isinstance(checkpoint.get(key), dict)]
     state = entries[0] if entries else checkpoint
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"the checkpoint has no model: its entries are {_some(checkpoint)}")
+        raise UserError(f"the checkpoint has no model: its entries are {_some(checkpoint) or 'none'}")
     return {name.removeprefix('module.'): value for name, value in state.items()}
 
 
@@ -112,7 +110,7 @@ def _is_quantizer_entry(name: str) -> bool:
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:
-    names = list(names)
+    names = list(map(str, names))
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
@@ -134,8 +132,8 @@ def load_quantized(model: nn.Module, checkpoint: dict) -> None:
     _check_shapes(given, wanted)
     missing, unexpected = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
     for option, part in (('irm', '.norm_q.'), ('quantize_attn', '.attn_act.')):
-        if any(part in name for name in missing + unexpected):
-            value = not any(part in name for name in missing)
+        value, ours = (any(part in name for name in names) for names in (given, wanted))
+        if value != ours:
             raise UserError(f'the checkpoint was made with {option}={value}: pass --model-kwargs {option}={value}')
     _refuse(missing, unexpected)
     model.load_state_dict(given)
@@ -158,8 +156,9 @@ def _check_shapes(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     if 'pos_embed' in differing:
         theirs, ours = (shape[1] for shape in shapes('pos_embed'))
         raise UserError(f'the checkpoint has {theirs} tokens, the model {ours}: choose its --input-size')
-    if all(name.endswith(('.act.alpha', '.act.zero_point')) or '_act.' in name for name in differing):
-        granularity = 'tensor' if given[differing[0]].numel() == 1 else 'channel'
+    sizes = given[differing[0]].numel(), wanted[differing[0]].numel()
+    if 1 in sizes and all(re.search(r'[._]act\.(alpha|zero_point)$', name) for name in differing):
+        granularity = 'tensor' if sizes[0] == 1 else 'channel'
         raise UserError(f"the checkpoint's activations have one step per {granularity}: "
                         f'pass --model-kwargs act_granularity={granularity}')
     theirs, ours = shapes(differing[0])

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,7 +203,9 @@ def check_args(args: Namespace) -> None:
     require(args.data_set in (None, 'DIGITS') or args.data_path is not None, f'--data-set {args.data_set} needs '
                                                                              '--data-path')
     require(not args.eval or bool(args.resume), '--eval needs --resume, the checkpoint to evaluate')
-    require(not (args.resume and args.finetune), '--resume continues a run and --finetune starts one: choose one')
+    # With --resume auto, --finetune is how the run starts, and the same command line continues it.
+    require(args.resume in ('', 'auto') or not args.finetune, '--resume continues a run and --finetune starts one: '
+                                                              'choose one')
     require(not (args.resume and args.start_epoch), '--start_epoch: the checkpoint of --resume says the epoch')
     require(args.resume != 'auto' or bool(args.output_dir), '--resume auto looks into --output_dir: name it')
     for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path)):
@@ -299,7 +302,7 @@ def run_training(args: Namespace) -> None:
 
     utils.seed_everything(args.seed)  # alike on all ranks
     model = build.build_student(args, num_classes)
-    if args.finetune:
+    if args.finetune and not checkpoint:
         for note in load_full_precision(model, read_checkpoint(args.finetune)):
             print(f'--finetune: {note}')
     if checkpoint:
@@ -328,15 +331,15 @@ def run_training(args: Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     try:
+        utils.print_on_rank_0()
         args = parse_args(argv)
         check_args(args)
         run_evaluation(args) if args.eval else run_training(args)
-    except UserError as error:
+    except (UserError, DivergedError) as error:
         utils.report(error)
-        return 2
-    except DivergedError as error:
-        utils.report(error)
-        return 1
+        # Lets go of the data loaders, which end their workers; the interpreter would wait for these at its exit.
+        traceback.clear_frames(error.__traceback__)
+        return 2 if isinstance(error, UserError) else 1
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

@@ -32,6 +32,11 @@ from checkpoints import adapt_full_precision
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QuantConfig']  # and every variant
 
 EDGE_BITS = 8  # patch embedding and heads
+FIXED_OPTIONS = {  # of timm's VisionTransformer, with the only value that this network has
+    'act_layer': None, 'attn_layer': None, 'block_fn': None, 'class_token': True, 'embed_layer': None, 'fc_norm': False,
+    'global_pool': 'token', 'init_values': None, 'mlp_layer': None, 'no_embed_class': False, 'pos_embed': 'learn',
+    'pre_norm': False, 'proj_bias': True, 'qk_norm': False, 'reg_tokens': 0, 'scale_attn_norm': False,
+    'scale_mlp_norm': False}
 QK = tuple[Tensor, Tensor]
 
 
@@ -93,8 +98,9 @@ class QAttention(nn.Module):
         if self.training and self.attn_drop > 0:
             dropout = F.dropout(q.new_ones(*q.shape[:-1], q.shape[-2]), self.attn_drop)
         if self.attn_act.pending:  # its first input, which quantized_attention keeps to itself
-            attn = (self.q_act(q) @ self.k_act(k).mT * self.scale).softmax(dim=-1).detach()
-            self.attn_act.lsq(attn if dropout is None else attn * dropout)
+            with torch.no_grad():  # nothing is kept, so that a checkpointed block can be computed again without this
+                attn = (self.q_act(q) @ self.k_act(k).mT * self.scale).softmax(dim=-1)
+                self.attn_act.lsq(attn if dropout is None else attn * dropout)
         quantizers = self.q_act.lsq(q), self.k_act.lsq(k), self.v_act.lsq(v), self.attn_act.lsq(q)
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             # The compiler decides anew what to keep for the backward, and would keep two N x N maps.
@@ -184,14 +190,15 @@ class QVisionTransformer(VisionTransformerDistilled):
 
     def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', irm: bool = True,
                  quantize_attn: bool = True, **kwargs) -> None:
-        for name in ('act_layer', 'attn_layer', 'block_fn', 'embed_layer', 'init_values', 'mlp_layer', 'proj_bias',
-                     'qk_norm', 'scale_attn_norm', 'scale_mlp_norm'):
-            if kwargs.pop(name, name == 'proj_bias') not in (None, name == 'proj_bias'):
-                raise ValueError(f'{name} is not an option of the quantized network')
+        for name, only in FIXED_OPTIONS.items():
+            value = kwargs.pop(name, only)
+            if value is not None and value != only:
+                raise ValueError(f'{name}={value!r} is not an option of the quantized network')
         quant = QuantConfig(weight_bits, act_bits, act_granularity, irm, quantize_attn)
         super().__init__(*args, block_fn=partial(QBlock, quant=quant),
                          embed_layer=partial(QPatchEmbed, quant=quant), **kwargs)
         self.quant = quant
+        self.patch_drop.num_prefix_tokens = self.num_prefix_tokens  # timm's would drop the distillation token, too
         self.distilled_training = True
         self.reset_classifier(self.num_classes)
 
@@ -232,6 +239,15 @@ class QVisionTransformer(VisionTransformerDistilled):
                 qk.append(block_qk)
         x = self.norm(x)
         return (x, qk) if return_qk else x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, dim) -> logits, a pair of them in distilled training; timm 1.0.9's has no dropout."""
+        x, x_dist = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
+        if not pre_logits:
+            x, x_dist = self.head(x), self.head_dist(x_dist)
+            if self.distilled_training and self.training:
+                return x, x_dist
+        return (x + x_dist) / 2
 
     def forward(self, x: Tensor, return_qk: bool = False):
         """(B, C, H, W) -> logits; with return_qk (logits, [(q~, k~) of every block]), each (B, H, N, d)."""

@@ -100,10 +100,18 @@ def launched_as() -> tuple[int, int, int, int]:
     return 0, 1, 0, 1
 
 
+def print_on_rank_0() -> None:
+    """Lets rank 0 alone print, and its lines appear as they come also in files and pipes."""
+    if launched_as()[0] > 0:
+        sys.stdout = open(os.devnull, 'w')
+    elif hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(line_buffering=True)
+
+
 def init_distributed(args: Namespace) -> torch.device:
     """Joins the processes of the run, if there are several, and returns this process' device.
 
-    Sets args.rank and args.world_size. NCCL connects GPUs, gloo anything else; all but rank 0 stop printing.
+    Sets args.rank and args.world_size. NCCL connects GPUs, gloo anything else.
 
     Raises:
         UserError: processes, GPUs or addresses do not fit together.
@@ -113,14 +121,10 @@ def init_distributed(args: Namespace) -> torch.device:
         raise UserError(f'--world_size {args.world_size}, but {world} process{"es" if world > 1 else ""} started: '
                         f'start with torchrun --nproc_per_node={args.world_size}')
     args.world_size = world
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(line_buffering=True)  # lines appear as they come also in files and pipes
     device = torch.device(args.device)
     if world == 1:
         return device
 
-    if args.rank > 0:
-        sys.stdout = open(os.devnull, 'w')
     if device.type == 'cuda':
         if local_rank >= torch.cuda.device_count():
             raise UserError(f'{local_world} processes on a node with {torch.cuda.device_count()} GPUs: '
@@ -177,10 +181,14 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def leave_signals_to_parent(_worker: int) -> None:
-    """For data-loading workers: a signal to the whole process group must not cost the step in progress its data."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(_worker: int) -> None:
+    """For data-loading workers: a signal to the whole process group must not cost the step in progress its data.
+
+    SIGINT is left to the parent. SIGTERM ends a worker 20 s later, which is time for the parent to end its step; not
+    ignored, because it is also what the interpreter ends forgotten workers with when it exits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------

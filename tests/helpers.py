@@ -1,9 +1,15 @@
 """The smallest runs of main.py."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import main
 
@@ -20,16 +26,70 @@ def run(*flags: object) -> int:
     return main.main([str(flag) for flag in flags])
 
 
-def environment(**extra: object) -> dict[str, str]:
-    """Of other processes: one thread each, as the fixture `one_thread` has it here, so that results are equal."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith('SLURM_')}
-    return clean | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)} | {name: str(value) for name, value in extra.items()}
-
-
-def launch(launcher: str, script: Path, *flags: object, **extra: object) -> subprocess.CompletedProcess:
-    """A script in two processes, started by torch.distributed.`launcher`."""
-    options = ['--use_env'] if launcher == 'launch' else []
+def launch(*flags: object) -> subprocess.CompletedProcess:
+    """main.py in two processes of one thread each, started as the published commands do."""
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
     return subprocess.run(
-        [sys.executable, '-W', 'ignore', '-m', f'torch.distributed.{launcher}', '--master_port=0', '--nproc_per_node=2',
-         *options, str(script), *map(str, flags)],
-        env=environment(**extra), capture_output=True, text=True, timeout=300)
+        [sys.executable, '-m', 'torch.distributed.launch', f'--master_port={port}', '--nproc_per_node=2', '--use_env',
+         str(ROOT / 'main.py'), *map(str, flags)],
+        env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=200)
+
+
+class Fork:
+    """main.py in a fork of this process, which spares it the imports; stdout and stderr are files in `folder`.
+
+    Args:
+        prepare: is called in the fork, before.
+    """
+
+    def __init__(self, folder: Path, *flags: object, prepare: Callable[[], None] = lambda: None, **env: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stdout, self.stderr = folder / 'stdout.txt', folder / 'stderr.txt'
+        self._process = multiprocessing.get_context('fork').Process(target=self._run, args=(flags, prepare, env))
+        self._process.start()
+        self.kill = self._process.kill
+
+    def _run(self, flags: tuple, prepare: Callable[[], None], env: dict[str, object]) -> None:
+        sys.stdout, sys.stderr = self.stdout.open('w'), self.stderr.open('w')
+        os.environ.update({name: str(value) for name, value in env.items()})
+        prepare()
+        status = run(*flags)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def wait(self) -> int:
+        """The exit status."""
+        self._process.join(100)
+        assert self._process.exitcode is not None, 'hangs'
+        return self._process.exitcode
+
+
+def fork_ranks(folder: Path, *flags: object, prepare: Callable[[], None] = lambda: None) -> list[Fork]:
+    """Two forks that are the ranks of one run, with `folder`/0 and `folder`/1; waits until both ended well."""
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
+    ranks = [Fork(folder / str(rank), *flags, prepare=prepare, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2,
+                  MASTER_ADDR='localhost', MASTER_PORT=port) for rank in (0, 1)]
+    statuses = [rank.wait() for rank in ranks]
+    assert statuses == [0, 0], ranks[0].stderr.read_text() + ranks[1].stderr.read_text()
+    return ranks
+
+
+def assert_same(a: Any, b: Any, where: str = '') -> None:
+    """Equal bit for bit, tensors and all, in the same order."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f'{where}[{i}]')
+    else:
+        assert a == b, where

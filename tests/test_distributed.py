@@ -1,110 +1,114 @@
 """Runs in two processes, by each of the launchers."""
 
-import json
 import os
 import re
-import subprocess
+import signal
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, TINY, environment, launch, run
+from helpers import TINY, Fork, assert_same, fork_ranks, launch, run
 
+import main
 import utils
 from checkpoints import read_checkpoint
+from training import Training
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BATCHES = 5  # of an epoch on each rank
 
-# Runs main.py, and leaves what each rank ends with. One rank signals itself after STOP_AFTER updates.
-RECORDER = '''
-import os, signal, sys
-import torch
-import engine, main
-from training import Training
 
-fit, update, calls = engine.fit, Training.update, []
-
-def fit_and_record(network, training, *rest):
-    fit(network, training, *rest)
-    torch.save({'model': training.model.state_dict(), 'ema': training.ema.module.state_dict(),
-                'optimizer': training.optimizer.state_dict()}, f'{sys.argv[1]}/rank{os.environ["RANK"]}.pt')
-
-def update_and_signal(self, *args):
-    update(self, *args)
-    calls.append(None)
-    if os.environ['RANK'] == '1' and len(calls) == int(os.environ.get('STOP_AFTER', -1)):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-main.fit, Training.update = fit_and_record, update_and_signal
-sys.exit(main.main(sys.argv[2:]))
-'''
+@pytest.fixture(scope='module')
+def flags(teacher_path):
+    return (*TINY, '--epochs', 2, '--teacher-path', teacher_path, '--distillation-type', 'hard', '--model-ema',
+            '--model-ema-decay', '0.9', '--dist-eval', '--repeated-aug', '--mixup', '0.2')
 
 
-def assert_same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+@pytest.fixture(scope='module')
+def whole(flags, tmp_path_factory):
+    """The folder of an uninterrupted run, where each rank left what it ended with as rank<number>.pth."""
+    folder = tmp_path_factory.mktemp('whole')
+
+    def record():
+        fit = main.fit
+
+        def fit_and_record(network, training, *rest):
+            fit(network, training, *rest)
+            state = {'model': training.model.state_dict(), 'model_ema': training.ema.module.state_dict(),
+                     'optimizer': training.optimizer.state_dict()}
+            torch.save(state, folder / f'rank{os.environ["RANK"]}.pth')
+
+        main.fit = fit_and_record
+
+    torch.set_num_threads(1)
+    fork_ranks(folder, *flags, '--output_dir', folder, prepare=record)
+    return folder
 
 
-def test_two_processes_end_alike_and_can_be_stopped(tmp_path, teacher_path):
-    script = tmp_path / 'recorder.py'
-    script.write_text(RECORDER)
-    flags = (*TINY, '--epochs', 2, '--teacher-path', teacher_path, '--distillation-type', 'hard', '--model-ema',
-             '--model-ema-decay', '0.9', '--dist-eval', '--repeated-aug', '--mixup', '0.2')
-
-    done = launch('launch', script, tmp_path, *flags, '--output_dir', tmp_path / 'whole')
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f'rank{rank}.pt') for rank in (0, 1)]
+def test_ranks_end_alike(whole):
+    ranks = [read_checkpoint(whole / f'rank{rank}.pth') for rank in (0, 1)]
     assert_same(*ranks)
-    # Only rank 0 speaks, and the epoch is shared: 1442 images, rounded down by repeated augmentation.
-    assert done.stdout.count('Max accuracy') == 2
-    assert f'[{BATCHES - 1}/{BATCHES}]' in done.stdout
-    assert '"effective_batch": 256, "scaled_lr": 0.005' in done.stdout
-    assert 'Accuracy of the network on the 355 test images' in done.stdout
-    state = read_checkpoint(tmp_path / 'whole/checkpoint.pth')
-    assert_same(state['model'], ranks[0]['model'])
+    state = read_checkpoint(whole / 'checkpoint.pth')
+    for key, value in ranks[0].items():
+        assert_same(state[key], value)
     assert not any(name.startswith(('module.', '_orig_mod.')) for name in state['model'])
     # Not the same randomness on every rank.
     assert len(state['rng']) == 2 and not torch.equal(state['rng'][0]['torch'], state['rng'][1]['torch'])
-
-    # All ranks stop where the first log line after the signal is; then they continue to the same end.
-    stopped = launch('run', script, tmp_path, *flags, '--output_dir', tmp_path / 'stopped', STOP_AFTER=2)
-    assert stopped.returncode == 0, stopped.stderr
-    assert f'stopped by a signal in epoch 0 after batch {BATCHES} of {BATCHES}' in stopped.stdout
-    resumed = launch('run', script, tmp_path, *flags, '--output_dir', tmp_path / 'stopped', '--resume', 'auto')
-    assert resumed.returncode == 0, resumed.stderr
-    ours = read_checkpoint(tmp_path / 'stopped/checkpoint.pth')
-    for key in ('model', 'model_ema', 'optimizer', 'lr_scheduler', 'rng', 'max_accuracy', 'epoch', 'step'):
-        assert_same(ours[key], state[key])
-
-    # Shared evaluation gives what a single process finds.
-    log = [json.loads(line) for line in (tmp_path / 'whole/log.txt').read_text().splitlines()]
-    assert run('--eval', '--resume', tmp_path / 'whole/checkpoint.pth', '--device', 'cpu', '--num_workers', 0) == 0
-    assert log[-1]['test_acc1'] * 355 / 100 == pytest.approx(round(log[-1]['test_acc1'] * 355 / 100))
+    # Only rank 0 speaks, and the ranks share the 1442 images of an epoch (repeated augmentation rounds them down).
+    said = (whole / '0/stdout.txt').read_text()
+    assert said.count('Max accuracy') == 2 and (whole / '1/stdout.txt').read_text() == ''
+    assert f'[{BATCHES - 1}/{BATCHES}]' in said
+    assert '"effective_batch": 256, "scaled_lr": 0.005' in said
 
 
-def test_evaluation_in_two_processes_counts_every_image_once(tmp_path, teacher_path, capsys):
+def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
+    def signal_one():
+        update, calls = Training.update, []
+
+        def update_and_signal(self, *args):
+            update(self, *args)
+            calls.append(None)
+            if os.environ['RANK'] == '1' and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Training.update = update_and_signal
+
+    # They agree at the next log line.
+    ranks = fork_ranks(tmp_path, *flags, '--output_dir', tmp_path, '--print-freq', '3', prepare=signal_one)
+    assert 'stopped by a signal in epoch 0 after batch 4 of 5' in ranks[0].stdout.read_text()
+    fork_ranks(tmp_path, *flags, '--output_dir', tmp_path, '--resume', 'auto')
+    ours, expected = (read_checkpoint(folder / 'checkpoint.pth') for folder in (tmp_path, whole))
+    for state in (ours, expected):
+        state.pop('args')
+    assert_same(ours, expected)
+
+
+def test_started_by_launch(flags, whole, tmp_path):
+    done = launch(*flags, '--output_dir', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same(*(read_checkpoint(folder / 'checkpoint.pth')['model'] for folder in (tmp_path, whole)))
+
+
+def test_evaluation_counts_every_image_once(tmp_path, teacher_path, capsys):
     flags = ('--eval', '--resume', teacher_path, '--device', 'cpu', '--num_workers', 0, '--batch-size', 100)
     assert run(*flags) == 0
     alone = capsys.readouterr().out
     for extra in ((), ('--dist-eval',)):
-        done = launch('run', ROOT / 'main.py', *flags, *extra)
-        assert done.returncode == 0, done.stderr
+        said = fork_ranks(tmp_path, *flags, *extra)[0].stdout.read_text()
         for pattern in (r'Accuracy of the network on the 355 test images: .*', r'\* Acc@1 .*'):
-            assert re.findall(pattern, done.stdout) == re.findall(pattern, alone) != []
-        # 150 images a batch, 178 of 355 images a rank
-        assert f'[1/{2 if extra else 3}]' in done.stdout
+            assert re.findall(pattern, said) == re.findall(pattern, alone) != []
+        # 150 images a batch, of 178 or of all 355
+        assert ('[1/2]' if extra else '[2/3]') in said
 
 
 def test_slurm_variables_and_one_line_for_all_ranks(tmp_path):
     slurm = {'SLURM_STEP_NUM_TASKS': 2, 'SLURM_STEP_NODELIST': 'localhost', 'MASTER_PORT': 20000 + os.getpid() % 20000}
-    ranks = [subprocess.Popen([sys.executable, ROOT / 'main.py', *TINY, '--batch-size', '722'], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env=environment(**slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)) for rank in (0, 1)]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    errors = [line for _, stderr in outputs for line in stderr.splitlines() if line.startswith('error: ')]
+    ranks = [Fork(tmp_path / str(rank), *TINY, '--batch-size', 722, SLURM_PROCID=rank, SLURM_LOCALID=rank, **slurm)
+             for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    errors = [line for rank in ranks for line in rank.stderr.read_text().splitlines() if line.startswith('error: ')]
     assert errors == ['error: --batch-size 722, but an epoch has 721 images for each process: choose a smaller one']
-    assert '"world_size": 2' in outputs[0][0] and outputs[1][0] == ''
+    assert '"world_size": 2' in ranks[0].stdout.read_text() and ranks[1].stdout.read_text() == ''
 
 
 @pytest.mark.parametrize(('variables', 'expected'), [
@@ -138,6 +142,7 @@ def test_address_from_slurm(monkeypatch, tmp_path):
 
 
 def test_other_ranks_leave_a_mistake_to_rank_0(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert run('--epochs', 0) == 2

@@ -5,13 +5,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from argparse import Namespace
 
 import pytest
 import torch
-from helpers import ROOT, TINY, environment, run
+from helpers import TINY, Fork, assert_same, run
 
 import engine
 from checkpoints import read_checkpoint, write_checkpoint
@@ -43,21 +42,6 @@ def whole(flags, tmp_path_factory):
         torch.set_num_threads(1)
         assert run(*flags, '--output_dir', folder) == 0
     return folder
-
-
-def assert_same(a, b, where=''):
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f'{where}.{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f'{where}[{i}]')
-    else:
-        assert a == b, where
 
 
 def assert_same_run(folder, whole):
@@ -125,12 +109,10 @@ def test_a_signal_during_evaluation(flags, whole, tmp_path, monkeypatch):
 
 def test_killed_at_a_random_step(flags, whole, tmp_path):
     epoch, step = random.choice([(0, 8), (1, 4), (2, 0), (2, 10)])
-    process = subprocess.Popen([sys.executable, ROOT / 'main.py', *map(str, flags), '--output_dir', tmp_path],
-                               stdout=subprocess.PIPE, text=True, env=environment())
-    for line in process.stdout:
-        if line.startswith(f'Epoch: [{epoch}]  [{step:2d}/'):
-            process.kill()
-            break
+    process = Fork(tmp_path, *flags, '--output_dir', tmp_path)
+    while not (process.stdout.exists() and f'Epoch: [{epoch}]  [{step:2d}/' in process.stdout.read_text()):
+        time.sleep(0.01)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert run(*flags, '--output_dir', tmp_path, '--resume', 'auto') == 0
     assert_same_run(tmp_path, whole)

@@ -1,0 +1,222 @@
+"""The training step, evaluation and the log."""
+
+import json
+import os
+import signal
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from helpers import TINY, run
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import build
+import engine
+import main
+from checkpoints import read_checkpoint
+from engine import evaluate, train_one_epoch
+from training import Training, build_training
+from utils import DivergedError, MetricLogger, SmoothedValue, StopRequest
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+CPU = torch.device('cpu')
+
+
+def small(*flags):
+    """(flags, model, images, labels) of a linear network in float64, where orders of summation do not show."""
+    args = main.parse_args(['--batch-size', '4', '--opt', 'momentum', '--momentum', '0', '--weight-decay', '0',
+                            '--warmup-epochs', '0', '--lr', '0.5', *flags])
+    args.scaled_lr, args.world_size, args.rank, args.device = args.lr, 1, 0, 'cpu'
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    return args, model, torch.randn(12, 3, 2, 2).double(), torch.arange(12) % 3
+
+
+def trained(*flags, batch_size=4, mixup=False):
+    args, model, images, labels = small(*flags)
+    training = build_training(args, model, CPU)
+    criterion = build.build_criterion(args, model, None)
+    loader = DataLoader(TensorDataset(images, labels), batch_size)
+    stats, stopped = train_one_epoch(model, training, criterion, loader, args, StopRequest(),
+                                     build.build_mixup(args, 3) if mixup else None)
+    assert not stopped and training.step == len(loader)
+    return training, stats
+
+
+def test_accumulation_is_a_larger_batch():
+    one, _ = trained(batch_size=12)
+    three, _ = trained('--grad-accum-steps', '3')
+    torch.testing.assert_close(one.model[1].weight, three.model[1].weight)
+    # The last update of an epoch takes what is left: two updates, of 2 and 1 batches.
+    updates = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, 'update', lambda self, clip: updates.append(self.step))
+        trained('--grad-accum-steps', '2')
+    assert updates == [1, 2]
+
+
+def test_clipping_bounds_the_step():
+    def moved(*flags):
+        _, before, *_ = small()
+        training, _ = trained(*flags, batch_size=12)
+        return torch.cat([(p - q).flatten() for p, q in zip(training.model.parameters(), before.parameters(),
+                                                             strict=True)]).norm().item()
+
+    assert moved('--clip-grad', '0.01') == pytest.approx(0.5 * 0.01, rel=1e-3)
+    assert moved() > 0.05
+
+
+def test_average_of_the_weights():
+    _, start, *_ = small()
+    training, _ = trained('--model-ema', '--model-ema-decay', '0.75', batch_size=12)
+    expected = 0.75 * start[1].weight + 0.25 * training.model[1].weight
+    torch.testing.assert_close(training.ema.module[1].weight, expected)
+
+
+def test_smoothing_and_mixup_change_the_labels(monkeypatch):
+    _, plain = trained(batch_size=12)
+    _, smooth = trained('--smoothing', '0.1', batch_size=12)
+    _, model, images, labels = small()
+    logs = model(images).log_softmax(-1)
+    expected = -(0.9 * logs[range(12), labels] + 0.1 * logs.mean(-1)).mean().item()
+    assert smooth['loss'] == pytest.approx(expected) and plain['loss'] != pytest.approx(expected)
+
+    monkeypatch.setattr('numpy.random.beta', lambda *_, **__: 0.3)
+    _, mixed = trained('--mixup', '0.8', batch_size=12, mixup=True)
+    logs = model(0.3 * images + 0.7 * images.flip(0)).log_softmax(-1)
+    expected = -(0.3 * logs[range(12), labels] + 0.7 * logs[range(12), labels.flip(0)]).mean().item()
+    assert mixed['loss'] == pytest.approx(expected)
+    _, cut = trained('--cutmix', '1', batch_size=12, mixup=True)
+    assert cut['loss'] != pytest.approx(plain['loss'])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path, monkeypatch, capsys):
+    update = Training.update
+
+    def poison(self, *args):
+        update(self, *args)
+        if self.epoch == 1:
+            self.model.head.weight.data[0, 0] = float('nan')
+
+    monkeypatch.setattr(Training, 'update', poison)
+    assert run(*TINY, '--epochs', 2, '--output_dir', tmp_path) == 1
+    err = capsys.readouterr().err
+    assert err.startswith('error: the loss is not finite by batch 5 of epoch 1') and err.count('\n') == 1
+    state = read_checkpoint(tmp_path / 'checkpoint.pth')
+    assert (state['epoch'], state['step']) == (0, 0)
+    assert all(tensor.isfinite().all() for tensor in state['model'].values())
+
+
+def test_parameters_that_are_not_finite_are_not_saved():
+    training, _ = trained()
+    training.model[1].weight.data[0, 0] = float('inf')
+    with pytest.raises(DivergedError, match='parameters are not finite'):
+        training.checkpoint(Namespace(), {})
+
+
+def test_evaluation_counts_exactly():
+    args, model, images, labels = small('--print-freq', '1')
+    stats = evaluate(model, DataLoader(TensorDataset(images, labels), 5), CPU, args)
+    logits = model(images)
+    assert stats['n'] == 12
+    assert stats['acc1'] == pytest.approx((logits.argmax(1) == labels).double().mean().item() * 100)
+    assert stats['acc5'] == 100  # of three classes
+    assert stats['loss'] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_learning_rates_of_a_run(tmp_path):
+    """As DeiT steps its schedule: each epoch has the rate of the one before, the first one twice."""
+    assert run(*TINY, '--epochs', 3, '--cooldown-epochs', 1, '--grad-accum-steps', 2, '--output_dir', tmp_path) == 0
+    log = [json.loads(line) for line in (tmp_path / 'log.txt').read_text().splitlines()]
+    top = 1e-2 * 256 / 512
+    cosine = [1e-5 + (top - 1e-5) * (1 + torch.cos(torch.tensor(torch.pi * t / 3)).item()) / 2 for t in (0, 0, 1, 2)]
+    assert [entry['train_lr'] for entry in log] == pytest.approx(cosine, rel=1e-5)
+
+
+@pytest.mark.parametrize('flags', [('--amp', 'bf16'), ('--clip-grad', '0.5'), ('--opt', 'lamb'), ('--sched', 'step'),
+                                   ('--model-ema', '--model-ema-force-cpu'), ('--smoothing', '0.1'),
+                                   ('--sched', 'poly', '--lr-noise', '0.1', '0.9')])
+def test_options_train(flags, tmp_path):
+    assert run(*TINY, '--batch-size', 512, '--epochs', 2, *flags, '--output_dir', tmp_path) == 0
+    state = read_checkpoint(tmp_path / 'checkpoint.pth')
+    assert state['epoch'] == 1 and ('model_ema' in state) == ('--model-ema' in flags)
+
+
+def test_a_compiled_network_keeps_its_names(tmp_path, monkeypatch):
+    compile_by_inductor = nn.Module.compile
+    compiled = []
+
+    def compile_eagerly(self):  # the C++ compiler would take a minute
+        compiled.append(type(self).__name__)
+        compile_by_inductor(self, backend='eager')
+
+    monkeypatch.setattr(nn.Module, 'compile', compile_eagerly)
+    flags = (*TINY, '--batch-size', 512, '--epochs', 1, '--output_dir', tmp_path)
+    assert run(*flags) == 0
+    names = list(read_checkpoint(tmp_path / 'checkpoint.pth')['model'])
+    assert run(*flags, '--compile') == 0
+    assert list(read_checkpoint(tmp_path / 'checkpoint.pth')['model']) == names and compiled == ['QVisionTransformer']
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def test_smoothed_value():
+    value = SmoothedValue()
+    for number in range(30):
+        value.update(number)
+    assert (value.mean, value.last, str(value)) == (14.5, 29, '19.0000 (14.5000)')
+
+
+def test_tensors_are_read_at_log_lines_only(monkeypatch):
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: reads.append(self.numel()) or tolist(self))
+    monkeypatch.setattr(torch.Tensor, 'item', lambda self: reads.append('item'))
+    monkeypatch.setattr(torch.Tensor, '__bool__', lambda self: reads.append('bool'))
+    args, model, images, labels = small('--print-freq', '3')
+    training = build_training(args, model, CPU)
+    batches = list(zip(images.chunk(12), labels.chunk(12), strict=True))
+    train_one_epoch(model, training, build.build_criterion(args, model, None), batches, args, StopRequest())
+    # loss and loss_cls of batches 1, 2-4, 5-7, 8-10 and 11-12, then the means of three meters
+    assert reads == [2, 6, 6, 6, 4, 6]
+
+
+def test_a_terminal_gets_one_line_that_is_written_over(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    logger = MetricLogger('Epoch: [0]', 2, 1, CPU)
+    for _ in logger.batches(range(2)):
+        logger.update(loss=torch.tensor(1.))
+        assert logger.end_batch() and logger.read()
+        logger.print_line()
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and said.count('\r') == 2
+    assert '[##########..........] Epoch: [0]  [0/2]' in said
+
+
+def test_signals_end_no_step():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_statistics_of_quantizers_leave_the_model_as_it_was():
+    args = Namespace(model='fourbits_deit_tiny_patch16_224', input_size=16, drop=0., drop_path=0.,
+                     model_kwargs={'embed_dim': 24, 'depth': 1, 'num_heads': 2, 'patch_size': 8})
+    model = build.build_student(args, 10)
+    images = torch.randn(4, 3, 16, 16)
+    main.calibrate(model, images)
+    with torch.no_grad():
+        model.blocks[0].attn.attn_act.alpha.fill_(1e-4)  # 15 codes reach 0.0015: every probability is clipped
+        model.blocks[0].attn.attn_act.zero_point.zero_()
+        model.head.act.alpha.fill_(100.)
+        model.head.act.zero_point.zero_()
+    model.train()
+    found = engine.quantizer_statistics(model, images)
+    assert found['blocks.0.attn.attn_act'] == {'step': pytest.approx(1e-4), 'zero_point': 0, 'clipped': 1}
+    assert found['head.act'] == {'step': 100, 'zero_point': 0, 'clipped': 0}
+    assert 'zero_point' not in found['head']
+    assert model.training and not any(module._forward_hooks for module in model.modules())
