@@ -46,7 +46,7 @@ def min_step(dtype: torch.dtype) -> float:
 def _effective(q: LSQ) -> LSQ:
     """The quantizer with a positive step and an integer zero point; both are straight-through for the gradient."""
     step = q.step.detach().clamp_min(min_step(q.step.dtype))
-    return q._replace(step=step, zero=None if q.zero is None else q.zero.detach().round())
+    return LSQ(step, None if q.zero is None else q.zero.detach().round(), q.qn, q.qp)
 
 
 def _positions(x: Tensor, q: LSQ) -> Tensor:

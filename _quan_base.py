@@ -267,9 +267,9 @@ class Conv2dQ(_WeightQuantized, nn.Conv2d):
         (h, w), filters = self.kernel_size, self.weight.flatten(1)
         patches = x.unflatten(3, (-1, w)).unflatten(2, (-1, h))    # (B, C, H', h, W', w)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)     # (B, H', W', C h w)
-        q = q._replace(step=q.step.expand(x.shape[1], h, w).flatten(), zero=q.zero.expand(x.shape[1], h, w).flatten())
+        q = LSQ(*(value.expand(x.shape[1], h, w).flatten() for value in (q.step, q.zero)), q.qn, q.qp)
         w_hat = self._weight_in_evaluation()
-        out = quantized_linear(patches, filters, q, qw._replace(step=qw.step.flatten(1)), self.bias,
+        out = quantized_linear(patches, filters, q, LSQ(qw.step.flatten(1), None, qw.qn, qw.qp), self.bias,
                                None if w_hat is None else w_hat.flatten(1))
         return out.permute(0, 3, 1, 2)
 
