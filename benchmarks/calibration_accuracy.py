@@ -44,15 +44,15 @@ def main() -> None:
     options = argparse.Namespace(data_set='IMNET', data_path=args.data_path, input_size=224,
                                  train_interpolation='bicubic')
     train = ImageFolder(Path(args.data_path, 'train'), build_transform(False, options))
-    folders = {'train': train, 'val': build_dataset(False, options)[0]}
+    folders = train, build_dataset(False, options)[0]
     weights = read_checkpoint(args.weights)
-    print(f'# {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
-          f'timm {timm.__version__}; calibrated on {args.images} images of train/')
+    print(f'# {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}; '
+          f'calibrated on {args.images} images of train/')
     print('| network | draw | train top-1 (%) | val top-1 (%) | calibration (s) |\n|---|---|---|---|---|')
     teacher = timm.create_model(args.teacher_model)
     load_full_precision(teacher, weights)
     print(f'| {args.teacher_model}, full precision | | ' +
-          ' | '.join(f'{top1(teacher.eval(), folder):.1f}' for folder in folders.values()) + ' | |', flush=True)
+          ' | '.join(f'{top1(teacher.eval(), folder):.1f}' for folder in folders) + ' | |', flush=True)
     for name in args.model:
         for seed in range(args.seeds):
             draw = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:args.images]
@@ -63,7 +63,7 @@ def main() -> None:
             calibrate(student, images)
             seconds = time.perf_counter() - start
             print(f'| {name} | {seed} | ' + ' | '.join(
-                f'{top1(student.eval(), folder):.1f}' for folder in folders.values()) + f' | {seconds:.1f} |', flush=True)
+                f'{top1(student.eval(), folder):.1f}' for folder in folders) + f' | {seconds:.1f} |', flush=True)
 
 
 if __name__ == '__main__':

@@ -19,15 +19,16 @@ def summary(folder: Path) -> str:
     model = create_from_checkpoint(checkpoint)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = [module for _, module in named_quantizers(model) if hasattr(module, 'weight_bits')]
-    coded = sum(layer.weight.numel() for layer in layers)
-    code_bits = sum(layer.weight.numel() * layer.weight_bits for layer in layers)
-    megabytes = (code_bits + 32 * (parameters - coded)) / 8e6
-    blocks = [layer for name, layer in model.named_modules() if isinstance(layer, LinearQ) and name.startswith('blocks')]
-    bits = f'{blocks[0].weight_bits}-bit weights, {blocks[0].act.bits}-bit activations' if blocks else 'full precision'
-    return (f'{checkpoint["qvit"]["model"]}: {checkpoint["max_accuracy"]:.2f} % top-1, {bits}, '
-            f'{parameters / 1e6:.2f} M parameters, {parameters * 4e-6:.1f} MB in float32'
-            + (f', {megabytes:.1f} MB with weights as codes (theory: the checkpoint itself stays float32)' if blocks else '')
-            + f'\n    files: {folder}/best_checkpoint.pth, {folder}/log.txt; tensorboard --logdir {folder}')
+    text = f'{checkpoint["qvit"]["model"]}: {checkpoint["max_accuracy"]:.2f} % top-1'
+    if layers:
+        block = next(layer for name, layer in model.named_modules() if isinstance(layer, LinearQ) and 'blocks' in name)
+        text += f', {block.weight_bits}-bit weights and {block.act.bits}-bit activations'
+    text += f', {parameters / 1e6:.2f} M parameters, {parameters * 4e-6:.1f} MB in float32'
+    if layers:
+        coded = sum(layer.weight.numel() for layer in layers)
+        code_bits = sum(layer.weight.numel() * layer.weight_bits for layer in layers)
+        text += f', {(code_bits + 32 * (parameters - coded)) / 8e6:.1f} MB in theory with its weights as codes'
+    return f'{text}\n    {folder}/best_checkpoint.pth, {folder}/log.txt, tensorboard --logdir {folder}'
 
 
 if __name__ == '__main__':
