@@ -46,8 +46,8 @@ def main() -> None:
     train = ImageFolder(Path(args.data_path, 'train'), build_transform(False, options))
     folders = train, build_dataset(False, options)[0]
     weights = read_checkpoint(args.weights)
-    print(f'# {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}; '
-          f'calibrated on {args.images} images of train/')
+    print(f'# {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
+          f'timm {timm.__version__}; calibrated on {args.images} images of train/')
     print('| network | draw | train top-1 (%) | val top-1 (%) | calibration (s) |\n|---|---|---|---|---|')
     teacher = timm.create_model(args.teacher_model)
     load_full_precision(teacher, weights)

@@ -74,7 +74,8 @@ def drawing() -> str:
     head = ('<marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
             '<path d="M0,1L7,4L0,7z"/></marker>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">'
-            f'<style>{style}</style><defs>{head}</defs><rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>' + '\n'.join(parts) + '</svg>\n')
+            f'<style>{style}</style><defs>{head}</defs><rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
+            + '\n'.join(parts) + '</svg>\n')
 
 
 if __name__ == '__main__':
