@@ -239,6 +239,6 @@ def _adapt_pos_embed(pos_embed: Tensor, prefix_tokens: int, model: nn.Module, no
     side, grid = round(patches.shape[1] ** 0.5), tuple(model.patch_embed.grid_size)
     if grid != (side, side) and side * side == patches.shape[1]:
         notes.append(f'position embeddings resized from {side} x {side} to {grid[0]} x {grid[1]} patches')
-        patches = resample_abs_pos_embed(patches, grid, (side, side), num_prefix_tokens=0)
+        patches = resample_abs_pos_embed(patches.float(), grid, (side, side), num_prefix_tokens=0)
     prefix = prefix[:, [min(i, prefix_tokens - 1) for i in range(model.num_prefix_tokens)]]
     return torch.cat([prefix, patches], dim=1)

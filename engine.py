@@ -28,6 +28,8 @@ from training import Training
 from utils import DivergedError, MetricLogger, StopRequest, any_rank, keep_log_before
 
 AMP_DTYPES = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != 'none')
 
