@@ -14,6 +14,7 @@ and quantize it again. Nothing here reads a tensor's value on the host.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ['LSQ', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_attention',
-           'quantized_linear']
+           'quantized_linear', 'zero_outside_']
 
 
 class LSQ(NamedTuple):
@@ -94,7 +95,7 @@ def _lsq_backward_(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor, q: 
     grad, scale = grad.to(position.dtype), (numel * q.qp) ** -0.5
     grad_sum = None if q.zero is None else grad.sum_to_size(q.zero.shape)
     terms = x_hat.mul_(grad)
-    grad_x = _inside_(grad, position, q)
+    grad_x = zero_outside_(grad, position, *_borders(q, position.dtype))
     grad_step = terms.addcmul_(grad_x, x.to(position.dtype), value=-1).sum_to_size(q.step.shape) / q.step * scale
     if q.zero is None:
         return grad_x.to(x.dtype), grad_step, None
@@ -102,17 +103,20 @@ def _lsq_backward_(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor, q: 
     return grad_x.to(x.dtype), grad_step, grad_zero
 
 
-def _inside_(grad: Tensor, position: Tensor, q: LSQ) -> Tensor:
-    """`grad` where the position is in [qn, qp], else 0, in place.
+def _borders(q: LSQ, dtype: torch.dtype) -> tuple[float, float]:
+    """The range of codes, wider by the smallest of margins: a value on its border is inside."""
+    info = torch.finfo(dtype)
+    return q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
 
-    hardtanh's backward is the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs.
-    Its bounds are exclusive, but a value on the border is inside the range: hence the smallest of margins.
+
+def zero_outside_(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """`grad` where low < x < high and 0 elsewhere, in place.
+
+    By hardtanh's backward, the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs.
     """
-    info = torch.finfo(position.dtype)
-    low, high = q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
     if torch.compiler.is_compiling():  # takes no `out`, and needs none: it fuses
-        return torch.ops.aten.hardtanh_backward(grad, position, low, high)
-    return torch.ops.aten.hardtanh_backward.grad_input(grad, position, low, high, grad_input=grad)
+        return torch.ops.aten.hardtanh_backward(grad, x, low, high)
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=grad)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -133,7 +137,7 @@ class _FakeQuantize(torch.autograd.Function):
 # --- products of quantized operands -----------------------------------------------------------------------------------
 
 
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 5 << 19
 
 
 def _piece(items: int, numel: int, like: Tensor) -> int:
@@ -144,7 +148,8 @@ def _piece(items: int, numel: int, like: Tensor) -> int:
     """
     if like.device.type != 'cpu' or torch.compiler.is_compiling():
         return items
-    return max(1, min(items, PIECE_BYTES // max(1, numel * like.element_size())))
+    most = max(1, PIECE_BYTES // max(1, numel * like.element_size()))
+    return math.ceil(items / math.ceil(items / most)) if items else 1  # pieces of equal size
 
 
 def quantized_linear(x: Tensor, weight: Tensor, qx: LSQ, qw: LSQ, bias: Tensor | None = None,

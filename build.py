@@ -37,15 +37,15 @@ def _create(flag: str, name: str, num_classes: int, input_size: int, drop: float
                 raise
             # Not a vision transformer: its weights do not depend on the image size.
             return timm.create_model(name, num_classes=num_classes, drop_rate=drop, **kwargs)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(f'{flag} {name} cannot be built ({reason}): correct its options or --input-size') from error
 
 
 def build_student(args: Namespace, num_classes: int) -> nn.Module:
     """The network that `--model` and `--model-kwargs` name, not yet calibrated."""
-    student = _create('--model', args.model, num_classes, args.input_size, args.drop, drop_path_rate=args.drop_path,
-                      **args.model_kwargs)
+    student = _create('--model', args.model, num_classes, args.input_size, args.drop,
+                      **({'drop_path_rate': args.drop_path} | args.model_kwargs))
     if hasattr(student, 'set_distilled_training'):  # timm's distilled networks return the mean of their heads otherwise
         student.set_distilled_training(True)
     return student

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def _load(load, path: str | Path) -> dict:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Detected pickle protocol')  # what cannot be read is said below
             checkpoint = load()
     except pickle.UnpicklingError as error:
         refused = re.search(r'GLOBAL ([\w.]+)', str(error))
@@ -136,6 +138,9 @@ def load_quantized(model: nn.Module, checkpoint: dict) -> None:
         if value != ours:
             raise UserError(f'the checkpoint was made with {option}={value}: pass --model-kwargs {option}={value}')
     _refuse(missing, unexpected)
+    damaged = [name for name, value in given.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if damaged:
+        raise UserError(f'the checkpoint has NaN or infinite values in {_some(damaged)}: take an earlier one')
     model.load_state_dict(given)
 
 

@@ -41,6 +41,18 @@ DEFAULT_MODEL = 'fourbits_deit_tiny_patch16_224'
 DEFAULT_SIZE = 224
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default there is, also of flags whose name says it all."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.help is None:
+            action.help = ' '
+        super().add_argument(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, '') else super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(f'{message} (--help lists the flags)')
@@ -50,6 +62,8 @@ def _key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not (key.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
+    if value.lower() in ('true', 'false', 'none'):
+        value = value.capitalize()
     try:
         return key, ast.literal_eval(value)
     except (SyntaxError, ValueError):
@@ -58,7 +72,7 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = _Parser(description='Q-ViT: training and evaluation', allow_abbrev=False,
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                     formatter_class=_Formatter)
     add = parser.add_argument
     add('--config', metavar='FILE', help='YAML with values for these flags; flags on the command line win')
     add('--batch-size', default=64, type=int, help='images of a process at a time')
@@ -216,10 +230,14 @@ def check_args(args: Namespace) -> None:
 
     distills = args.distillation_type != 'none' or bool(args.dgd_weight)
     require(not distills or bool(args.teacher_model or args.teacher_path),
-            f'--distillation-type {args.distillation_type} with --dgd-weight {args.dgd_weight} needs a teacher: name '
-            'it with --teacher-model')
-    require(distills or not (args.teacher_model or args.teacher_path), '--teacher-model has nothing to do: pass '
+            (f'--distillation-type {args.distillation_type}' if args.distillation_type != 'none' else
+             f'--dgd-weight {args.dgd_weight}') + ' needs a teacher: name it with --teacher-model, or give a '
+            'self-describing checkpoint of it with --teacher-path')
+    require(distills or not (args.teacher_model or args.teacher_path), 'the teacher has nothing to do: pass '
             '--distillation-type hard or soft, or a --dgd-weight')
+    if args.warmup_epochs >= args.epochs:
+        print(f'warning: --warmup-epochs {args.warmup_epochs} is all of --epochs: the learning rate stays '
+              'below --lr')
     require(not args.model_ema_force_cpu or args.model_ema, '--model-ema-force-cpu needs --model-ema')
     require(not build.mixes(args) or args.batch_size % 2 == 0,
             f'--batch-size {args.batch_size}: mixup and cutmix need an even one')
@@ -269,8 +287,11 @@ def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
     run = utils.describe_run(args) | {'effective_batch': effective_batch, 'scaled_lr': args.scaled_lr}
     print(json.dumps(run))
     if output and args.rank == 0 and not args.eval:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / 'args.json').write_text(json.dumps(run, indent=2) + '\n')
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / 'args.json').write_text(json.dumps(run, indent=2) + '\n')
+        except OSError as error:
+            raise UserError(f'--output_dir {output} cannot be written ({error.strerror}): choose another') from error
     return device, checkpoint
 
 
@@ -320,7 +341,9 @@ def run_training(args: Namespace) -> None:
     if checkpoint:
         for note in training.resume(checkpoint, args):
             print(f'{args.resume}: {note}')
-        print(f'{args.resume}: continuing at epoch {training.epoch}, batch {training.step}')
+        done = training.epoch >= args.epochs + args.cooldown_epochs
+        print(f'{args.resume}: ' + (f'all {training.epoch} epochs are done, a larger --epochs would go on' if done else
+                                    f'continuing at epoch {training.epoch}, batch {training.step}'))
     about = description(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_train.classes),
                         args.data_set)
     with utils.StopRequest() as stop:

@@ -25,7 +25,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from _lsq import quantized_attention
+from _lsq import quantized_attention, zero_outside_
 from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
 from checkpoints import adapt_full_precision
 
@@ -55,6 +55,15 @@ class QuantConfig:
     act_granularity: str = 'channel'
     irm: bool = True
     quantize_attn: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ('weight_bits', 'act_bits'):
+            bits = getattr(self, name)
+            if type(bits) is not int or not 2 <= bits <= 8:
+                raise ValueError(f'{name}={bits!r}: choose a whole number from 2 to 8')
+        for name in ('irm', 'quantize_attn'):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f'{name}={getattr(self, name)!r}: choose True or False')
 
     def layer(self, bits: int | None = None) -> dict:
         """Keyword arguments of a quantized layer, with `bits` instead of the blocks' where given."""
@@ -121,7 +130,7 @@ class _ClippedGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(torch.ops.aten.hardtanh_backward(grad, y, -10., 10.), x)
+        return zero_outside_(torch.ops.aten.gelu_backward(grad, x), y, -10., 10.)
 
 
 class QMlp(nn.Module):
@@ -167,6 +176,9 @@ class QPatchEmbed(PatchEmbed):
     def __init__(self, *args, quant: QuantConfig, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         conv = self.proj
+        if self.img_size is not None and not self.dynamic_img_pad and any(
+                size % patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(f'patch_size {self.patch_size} does not divide the image size {self.img_size}')
         self.proj = Conv2dQ(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
                             bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype,
                             **quant.layer(EDGE_BITS))

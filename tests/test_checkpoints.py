@@ -459,3 +459,11 @@ def test_descriptions_that_cannot_be_followed():
     assert f'version {about["format_version"] + 1}' in message and 'update' in message
     message = message_of(create_from_checkpoint, {'model': state, 'qvit': about | {'num_classes': 5}})
     assert '10 classes' in message and '5' in message
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_damaged_steps_are_not_taken(value):
+    state = calibrated().state_dict()
+    state['blocks.0.attn.qkv.alpha'][0] = value
+    line = message_of(load_quantized, network(), {'model': state})
+    assert 'NaN or infinite values in blocks.0.attn.qkv.alpha' in line

@@ -183,7 +183,7 @@ def test_augmentation_flags_of_photographs(photographs, tmp_path):
      'did you mean vit_deit_tiny_distilled_patch16_224'),
     ('--distillation-type hard', 'needs a teacher: name it with --teacher-model'),
     ('--dgd-weight 1', 'needs a teacher: name it with --teacher-model'),
-    ('--teacher-model deit_tiny_patch16_224', '--teacher-model has nothing to do'),
+    ('--teacher-model deit_tiny_patch16_224', 'the teacher has nothing to do'),
     ('--resume here.pth --finetune here.pth', '--resume continues a run and --finetune starts one'),
     ('--resume here.pth --start_epoch 3', '--start_epoch: the checkpoint of --resume says the epoch'),
     ('--resume auto', '--resume auto looks into --output_dir'),
@@ -211,7 +211,12 @@ def test_augmentation_flags_of_photographs(photographs, tmp_path):
     ('--opt adamm', "did you mean"),
     ('--model-kwargs irm', 'is not of the form key=value'),
     ('--model-kwargs num_classes=7', '--model-kwargs num_classes: the class count follows from the data set'),
-    ('--model-kwargs weight_bits=1', '1 bits are not supported'),
+    ('--model-kwargs weight_bits=1', 'weight_bits=1: choose a whole number from 2 to 8'),
+    ('--model-kwargs act_bits=2.5', 'act_bits=2.5: choose a whole number'),
+    ('--model-kwargs irm=maybe', "irm='maybe': choose True or False"),
+    ('--model-kwargs num_heads=0', 'cannot be built'),
+    ('--model-kwargs patch_size=32 --input-size 16', 'does not divide the image size (16, 16)'),
+    ('--output_dir here.pth', '--output_dir here.pth cannot be written'),
     ('--model-kwargs bits=3', "unexpected keyword argument 'bits'"),
     ('--model-kwargs embed_dim=50', 'cannot be built (embed_dim 50 is not a multiple of num_heads 3)'),
     ('--world_size 4', 'start with torchrun --nproc_per_node=4'),
@@ -231,6 +236,15 @@ def test_refused_in_one_line(flags, line, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.startswith('error: ') and err.count('\n') == 1
     assert line in err
+
+
+def test_booleans_in_any_case_and_options_over_flags():
+    args = main.parse_args(['--model-kwargs', 'irm=false', 'quantize_attn=True', 'drop_path_rate=0.3'])
+    assert args.model_kwargs == {'irm': False, 'quantize_attn': True, 'drop_path_rate': 0.3}
+    args.model, args.input_size, args.model_kwargs = main.DEFAULT_MODEL, 32, args.model_kwargs | {'depth': 2}
+    student = main.build.build_student(args, 10)
+    assert isinstance(student.blocks[0].attn.norm_q, torch.nn.Identity)
+    assert student.blocks[1].drop_path.drop_prob == 0.3
 
 
 def test_mistakes_that_only_the_files_show(teacher_path, photographs, tmp_path, capsys, monkeypatch):
