@@ -244,7 +244,7 @@ def test_booleans_in_any_case_and_options_over_flags():
     args.model, args.input_size, args.model_kwargs = main.DEFAULT_MODEL, 32, args.model_kwargs | {'depth': 2}
     student = main.build.build_student(args, 10)
     assert isinstance(student.blocks[0].attn.norm_q, torch.nn.Identity)
-    assert student.blocks[1].drop_path.drop_prob == 0.3
+    assert student.blocks[1].drop_path.drop_prob == pytest.approx(0.3)
 
 
 def test_mistakes_that_only_the_files_show(teacher_path, photographs, tmp_path, capsys, monkeypatch):
