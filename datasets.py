@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -28,6 +28,14 @@ _BICUBIC = transforms.InterpolationMode.BICUBIC
 # Up to this size images are taken whole: such data sets (CIFAR) have nothing to spare around the object.
 _SMALL = 32
 _MAX_UNREADABLE = 50
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, also for the 0 bits that RandAugment's noise can ask for: black, which Pillow 13 refuses to compute."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP.update(Posterize=_posterize, PosterizeIncreasing=_posterize, PosterizeOriginal=_posterize)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
@@ -359,3 +360,12 @@ def test_inat_damaged_image(inat):
     bad = inat / 'tv2018' / 'Fungi' / '0' / 'val0.png'
     bad.write_bytes(b'')
     user_error(lambda: build_dataset(False, flags('INAT', inat))[0][0], bad)
+
+
+@pytest.mark.parametrize('name', ['Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'])
+def test_posterizing_to_any_number_of_bits(name):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
+    posterize = auto_augment.NAME_TO_OP[name]
+    for bits in range(9):
+        mask = 256 - 2 ** (8 - bits)
+        assert np.array_equal(np.asarray(posterize(image, bits)), np.asarray(image) & mask)
