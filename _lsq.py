@@ -224,7 +224,7 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, quantizers: tuple[LSQ, 
                         dropout: Tensor | None = None) -> Tensor:
     """A_hat v_hat with A = dropout * softmax(scale * q_hat k_hat^T), keeping q, k, v and no N x N map.
 
-    The backward computes the probabilities again: that costs one of its six products, and saves their memory.
+    The backward computes the probabilities again: that adds a product to its four, and saves their memory.
 
     Args:
         q, k, v: (B, H, N, d)

@@ -126,7 +126,7 @@ class ActQ(_Calibrated):
         return code_range(self.bits, self.signed_codes)
 
     def lsq(self, x: Tensor) -> LSQ:
-        """The state to quantize x with; initialises it first where that is due."""
+        """The state to quantize x with; initialises it first where due, else only x's axes count."""
         rule = self._check_calibrated()
         if rule is not None:
             self._calibrate(x.detach(), rule)
@@ -275,8 +275,8 @@ class Conv2dQ(_WeightQuantized, nn.Conv2d):
 
 
 def _checked_bits(bits: int) -> int:
-    if not 2 <= bits <= 8:
-        raise ValueError(f'{bits} bits are not supported: use 2 to 8')
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f'{bits} bits are not supported: use a whole number from 2 to 8')
     return bits
 
 
