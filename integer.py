@@ -1,14 +1,15 @@
 """Integer inference: a quantized network whose linear layers and attention multiply integer codes.
 
 Every activation quantizer becomes `Quantizer`: unsigned codes u = round(clamp(s x + t, 0, levels)), with s = 1 / alpha
-and t = z - qn folded into the LayerNorm, softmax or scaling before it. With x_hat = (u - (z - qn)) alpha, a linear layer
+and t = z - qn folded into the LayerNorm, softmax or scaling before it. With x_hat = (u - (z - qn)) alpha, a linear
+layer
 
     y_n = sum_k x_hat_k w_hat_nk + b_n = sum_k u_k alpha_k w_hat_nk + (b_n - sum_k (z_k - qn) alpha_k w_hat_nk)
 
-is a product of u with integers where alpha does not depend on k (`act_granularity='tensor'`): then it is exact. Steps per
-input channel cannot leave the sum: they are folded into the weight, and alpha_k w_hat_nk is quantized again, at 8 bits per
-output channel (`terms=1`) or as the sum of two 8-bit terms (`terms=2`, near 16 bits). Quantizing it again errs by the
-same in u and in its zero point, so a value of x_hat = 0 adds no error.
+is a product of u with integers where alpha does not depend on k (`act_granularity='tensor'`): then it is exact. Steps
+per input channel cannot leave the sum: they are folded into the weight, and alpha_k w_hat_nk is quantized again, at 8
+bits per output channel (`terms=1`) or as the sum of two 8-bit terms (`terms=2`, near 16 bits). Quantizing it again errs
+by the same in u and in its zero point, so a value of x_hat = 0 adds no error.
 
 Everything here is plain torch, on any device, in float64 exact up to the order of summation; `native.py` runs the same
 network in fused kernels on a CPU.

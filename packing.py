@@ -2,14 +2,14 @@
 
 A packed file is a safetensors file. Weight codes of b bits lie in a stream of b bits each, low bits first (3-bit codes
 take 3 bits, not 4); steps, zero points, biases, LayerNorms, embeddings are float32. The header's `qvit_packed` entry, a
-JSON object, says what network it is, and of every coded weight its bits and shape; `sha256` is the checksum of all of it.
+JSON object, says what network it is, and of every coded weight its bits and shape; `sha256` is the checksum of it all.
 """
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from _lsq import code_range
+from _lsq import code_range, min_step
 from _quan_base import ActQ, is_calibrated, named_quantizers
 from checkpoints import load_quantized
 from utils import UserError
 
-__all__ = ['PackedFile', 'Stored', 'pack_codes', 'packed_layout', 'read_packed', 'unpack_codes', 'write_packed']
+__all__ = ['PackedFile', 'Stored', 'is_packed', 'pack_codes', 'packed_layout', 'read_packed', 'unpack_codes',
+           'write_packed']
 
 FORMAT_VERSION = 1
 ENTRY, CHECKSUM = 'qvit_packed', 'sha256'
@@ -54,6 +55,8 @@ class PackedFile(NamedTuple):
             UserError: the file does not fit the network that it names.
         """
         about = self.about
+        if not timm.is_model(about['model']):  # nor a name by which timm would look on the network
+            raise UserError(f"the packed file's network {about['model']} is unknown: update this code")
         try:
             model = timm.create_model(about['model'], num_classes=about['num_classes'], img_size=about['input_size'],
                                       **about['kwargs'])
@@ -65,7 +68,7 @@ class PackedFile(NamedTuple):
             layer = name.removesuffix('.weight')
             shape = torch.Size(code['shape'])
             codes = unpack_codes(self.tensors[name], code['bits'], shape.numel()).view(shape)
-            step = state[f'{layer}.alpha']
+            step = state[f'{layer}.alpha'].clamp_min(min_step(torch.float32))  # as in use
             state[name] = codes.to(step.dtype) * step.view(-1, *[1] * (len(shape) - 1))
         for name, activation in about['activations'].items():
             state[f'{name}.signed'] = torch.full((1,), float(activation['signed']))
@@ -112,7 +115,8 @@ def unpack_codes(stream: Tensor, bits: int, numel: int) -> Tensor:
 
 def packed_layout(model: nn.Module) -> list[Stored]:
     """The tensors that a packed file of this network has, calibrated or not, and the bytes of each."""
-    coded = {f'{name}.weight': layer.weight_bits for name, layer in named_quantizers(model) if not isinstance(layer, ActQ)}
+    coded = {f'{name}.weight': layer.weight_bits for name, layer in named_quantizers(model)
+             if not isinstance(layer, ActQ)}
     layout = []
     for name, value in model.state_dict().items():
         if not name.endswith(('.init_state', '.signed')):
@@ -126,7 +130,7 @@ def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f'{name} {value.dtype} {list(value.shape)}'.encode())
-        digest.update(value.numpy().tobytes())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -139,11 +143,13 @@ def write_packed(model: nn.Module, about: dict[str, Any], path: str | Path) -> P
         path: of the file, by convention *.qvit.safetensors.
 
     Raises:
-        UserError: the network is not calibrated, or the file cannot be written.
+        UserError: the network is not quantized or not calibrated, or the file cannot be written.
     """
+    layers = {name: layer for name, layer in named_quantizers(model) if not isinstance(layer, ActQ)}
+    if not layers:
+        raise UserError('the network is a full-precision one: pack a quantized checkpoint')
     if not is_calibrated(model):
         raise UserError('the network has no steps yet: pack a trained or calibrated checkpoint')
-    layers = {name: layer for name, layer in named_quantizers(model) if not isinstance(layer, ActQ)}
     state, tensors = model.state_dict(), {}
     for name, bits, *_ in packed_layout(model):
         layer = layers.get(name.removesuffix('.weight')) if name.endswith('.weight') else None
@@ -186,7 +192,7 @@ def read_packed(path: str | Path) -> PackedFile:
     try:
         with safetensors.safe_open(path, 'pt') as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors raises its own, and others for a damaged header
         raise UserError(f'{path}: truncated or damaged, or not a safetensors file') from error
     if ENTRY not in header:
@@ -204,8 +210,22 @@ def read_packed(path: str | Path) -> PackedFile:
     return PackedFile(about, tensors)
 
 
-def _check_description(path: str | Path, about: dict[str, Any], tensors: Iterable[str]) -> None:
-    lacking = [key for key, kind in _NEED.items() if not isinstance(about.get(key), kind)]
-    lacking += [name for name in about.get('weights', {}) if name not in tensors]
-    if lacking:
-        raise UserError(f'{path}: its description lacks {", ".join(lacking[:3])}: pack it again')
+def _check_description(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    wrong = [key for key, kind in _NEED.items() if not isinstance(about.get(key), kind)]
+    if not wrong:
+        wrong = [name for name, code in about['weights'].items() if not _fits(code, tensors.get(name))]
+        wrong += [name for name, act in about['activations'].items()
+                  if not (isinstance(act, dict) and isinstance(act.get('signed'), bool))]
+        wrong += [name for name in about['weights'] if f'{name.removesuffix("weight")}alpha' not in tensors]
+    if wrong:
+        raise UserError(f'{path}: its description does not fit, see {", ".join(wrong[:3])}: pack it again')
+
+
+def _fits(code: Any, stream: Tensor | None) -> bool:
+    """Whether the description of a weight's codes is one of this very stream."""
+    try:
+        numbers = [code['bits'], *code['shape']]
+        return (all(type(number) is int and number > 0 for number in numbers) and 2 <= code['bits'] <= 8
+                and stream.dtype == torch.uint8 and len(stream) == -(-math.prod(numbers) // 8))
+    except (AttributeError, KeyError, TypeError):
+        return False

@@ -1,0 +1,569 @@
+// One forward of `integer.IntegerViT` on a CPU: every product in int8, every quantization in the pass that makes its
+// input. native.py compiles this file and fills a Network through the C functions at its end.
+//
+// A thread takes an image, or with fewer images than threads some of its rows (tokens), through all the layers; only
+// keys and values are read by the other threads of an image, so they meet once a block. A layer's input, all heads of
+// an image and a strip of weights stay in the core's own cache.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define QVIT_VNNI 1
+#endif
+
+namespace {
+
+constexpr int STRIP = 16;       // outputs that lie together in a packed matrix
+constexpr int PANEL = 64;       // outputs of a tile, and the width of an attention head
+constexpr int ROWS = 6;         // rows of a tile: 6 x 64 sums fill 24 of 32 vector registers
+constexpr int GROUP = 4;        // products that one instruction adds up
+constexpr int MAX_STRIPS = PANEL / STRIP;
+
+int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T> class Buffer {  // zeros, aligned to a cache line
+  T* data_ = nullptr;
+  size_t size_ = 0;
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t size) : size_(size) {
+    const size_t bytes = (size * sizeof(T) + 63) / 64 * 64 + 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (!data_) throw std::bad_alloc();
+    std::memset(data_, 0, bytes);
+  }
+  Buffer(const T* from, size_t size) : Buffer(size) { std::memcpy(data_, from, size * sizeof(T)); }
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  operator T*() { return data_; }
+  operator const T*() const { return data_; }
+  size_t size() const { return size_; }
+};
+
+// --- products of codes -----------------------------------------------------------------------------------------------
+
+// A packed matrix of K x N int8: strips of 16 columns, in a strip groups of 4 rows, in a group 4 bytes of each column.
+size_t strip_bytes(int groups) { return size_t(groups) * STRIP * GROUP; }
+
+// out[r][16 z + c] = sum_k a[r][k] b[k][16 z + c] for R rows of a (uint8) and Z strips of b (int8).
+template <int R, int Z>
+void dot(const uint8_t* a, size_t a_stride, const int8_t* b, int groups, int32_t* out, size_t out_stride) {
+  const size_t strip = strip_bytes(groups);
+#ifdef QVIT_VNNI
+  __m512i sums[R][Z];
+  for (int r = 0; r < R; ++r)
+    for (int z = 0; z < Z; ++z) sums[r][z] = _mm512_setzero_si512();
+  for (int g = 0; g < groups; ++g) {
+    __m512i column[Z];
+    for (int z = 0; z < Z; ++z) column[z] = _mm512_load_si512(b + z * strip + size_t(g) * STRIP * GROUP);
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      std::memcpy(&four, a + r * a_stride + size_t(g) * GROUP, GROUP);
+      const __m512i row = _mm512_set1_epi32(four);
+      for (int z = 0; z < Z; ++z) sums[r][z] = _mm512_dpbusd_epi32(sums[r][z], row, column[z]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int z = 0; z < Z; ++z) _mm512_storeu_si512(out + r * out_stride + z * STRIP, sums[r][z]);
+#else
+  for (int r = 0; r < R; ++r)
+    for (int z = 0; z < Z; ++z) {
+      int32_t sums[STRIP] = {};
+      for (int g = 0; g < groups; ++g) {
+        const uint8_t* row = a + r * a_stride + size_t(g) * GROUP;
+        const int8_t* column = b + z * strip + size_t(g) * STRIP * GROUP;
+        for (int c = 0; c < STRIP; ++c)
+          for (int k = 0; k < GROUP; ++k) sums[c] += int32_t(row[k]) * column[c * GROUP + k];
+      }
+      std::memcpy(out + r * out_stride + z * STRIP, sums, sizeof sums);
+    }
+#endif
+}
+
+template <int R> void dot_of_rows(int strips, const uint8_t* a, size_t a_stride, const int8_t* b, int groups,
+                                  int32_t* out, size_t out_stride) {
+  switch (strips) {
+    case 1: return dot<R, 1>(a, a_stride, b, groups, out, out_stride);
+    case 2: return dot<R, 2>(a, a_stride, b, groups, out, out_stride);
+    case 3: return dot<R, 3>(a, a_stride, b, groups, out, out_stride);
+    default: return dot<R, 4>(a, a_stride, b, groups, out, out_stride);
+  }
+}
+
+void dot(int rows, int strips, const uint8_t* a, size_t a_stride, const int8_t* b, int groups, int32_t* out,
+         size_t out_stride) {
+  switch (rows) {
+    case 1: return dot_of_rows<1>(strips, a, a_stride, b, groups, out, out_stride);
+    case 2: return dot_of_rows<2>(strips, a, a_stride, b, groups, out, out_stride);
+    case 3: return dot_of_rows<3>(strips, a, a_stride, b, groups, out, out_stride);
+    case 4: return dot_of_rows<4>(strips, a, a_stride, b, groups, out, out_stride);
+    case 5: return dot_of_rows<5>(strips, a, a_stride, b, groups, out, out_stride);
+    default: return dot_of_rows<ROWS>(strips, a, a_stride, b, groups, out, out_stride);
+  }
+}
+
+struct Linear {  // sum_t scale_t (u weight_t^T) + bias
+  int inputs = 0, outputs = 0, terms = 0, groups = 0;
+  Buffer<int8_t> weight;         // panel, term, strip, group, column, 4 rows
+  Buffer<float> scale, bias;     // (terms, padded outputs), (padded outputs)
+
+  int padded() const { return round_up(outputs, PANEL); }
+
+  void fill(int inputs_, int outputs_, int terms_, const int8_t* codes, const float* scales, const float* biases) {
+    inputs = inputs_, outputs = outputs_, terms = terms_, groups = round_up(inputs, GROUP) / GROUP;
+    weight = Buffer<int8_t>(size_t(terms) * padded() * groups * GROUP);
+    scale = Buffer<float>(size_t(terms) * padded());
+    bias = Buffer<float>(padded());
+    std::memcpy(bias, biases, outputs * sizeof(float));
+    for (int t = 0; t < terms; ++t) {
+      std::memcpy(scale + size_t(t) * padded(), scales + size_t(t) * outputs, outputs * sizeof(float));
+      for (int n = 0; n < outputs; ++n)
+        for (int k = 0; k < inputs; ++k)
+          panel(n / PANEL, t)[(n % PANEL) / STRIP * strip_bytes(groups) + (k / GROUP * STRIP + n % STRIP) * GROUP +
+                              k % GROUP] = codes[(size_t(t) * outputs + n) * inputs + k];
+    }
+  }
+  int8_t* panel(int p, int term) { return weight + (size_t(p) * terms + term) * PANEL * groups * GROUP; }
+  const int8_t* panel(int p, int term) const { return const_cast<Linear*>(this)->panel(p, term); }
+
+  // Calls take(row, count, panel, y) with y float [count][64] for every tile of `rows` rows.
+  template <class Take> void tiles(const uint8_t* u, size_t stride, int rows, const Take& take) const {
+    alignas(64) int32_t sums[ROWS * PANEL];
+    alignas(64) float y[ROWS * PANEL];
+    for (int p = 0; p < padded() / PANEL; ++p)
+      for (int row = 0; row < rows; row += ROWS) {
+        const int count = std::min(ROWS, rows - row);
+        for (int t = 0; t < terms; ++t) {
+          dot(count, MAX_STRIPS, u + row * stride, stride, panel(p, t), groups, sums, PANEL);
+          const float* s = scale + size_t(t) * padded() + p * PANEL;
+          const float* b = bias + p * PANEL;
+          for (int r = 0; r < count; ++r)
+            for (int c = 0; c < PANEL; ++c)
+              y[r * PANEL + c] = (t ? y[r * PANEL + c] : b[c]) + float(sums[r * PANEL + c]) * s[c];
+        }
+        take(row, count, p, static_cast<const float*>(y));
+      }
+  }
+};
+
+// --- what lies between the products ----------------------------------------------------------------------------------
+
+struct Quantizer {  // u = round(clamp(x scale + shift, 0, levels))
+  Buffer<float> scale, shift;
+  float levels = 0;
+};
+
+inline uint8_t quantize(float x, float scale, float shift, float levels) {
+  float position = x * scale + shift;
+  position = position > 0.f ? position : 0.f;
+  position = position < levels ? position : levels;
+  return uint8_t(int32_t(__builtin_rintf(position)));
+}
+
+// e^x for x <= 0, relative error below 1e-6; 0 from about -87 downwards.
+inline float exp_negative(float x) {
+  x = x > -87.f ? x : -87.f;
+  const float n = __builtin_rintf(x * 1.44269504f);
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  float p = 1.f / 5040;
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// GELU with erf by Abramowitz and Stegun (1964), 7.1.26, absolute error of erf below 1.5e-7; clipped as the network does.
+inline float clipped_gelu(float x) {
+  const float z = std::fabs(x) * 0.70710678f;
+  const float t = 1.f / (1.f + 0.3275911f * z);
+  const float tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) *
+                     t * exp_negative(-z * z);               // 1 - erf(z)
+  const float y = x > 0.f ? x - 0.5f * x * tail : 0.5f * x * tail;
+  return y < 10.f ? y : 10.f;
+}
+
+// u = quantize((x - mean) / std) of one row; the affine part of the LayerNorm is folded into the quantizer.
+inline void norm_and_quantize(const float* x, int n, float eps, const float* scale, const float* shift, float levels,
+                              uint8_t* u) {
+  float sum = 0.f, squares = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int c = 0; c < n; ++c) sum += x[c];
+  const float mean = sum / n;
+#pragma omp simd reduction(+ : squares)
+  for (int c = 0; c < n; ++c) squares += (x[c] - mean) * (x[c] - mean);
+  const float inverse = 1.f / std::sqrt(squares / n + eps);
+#pragma omp simd
+  for (int c = 0; c < n; ++c) u[c] = quantize((x[c] - mean) * inverse, scale[c], shift[c], levels);
+}
+
+struct Attention {  // constants of each head; zeros are z - qn
+  Buffer<float> score_scale, q_zero, v_zero, attn_zero, out_scale;
+};
+
+struct Block {
+  Quantizer attn_in, q, k, v, attn, proj_in, fc1_in, fc2_in;
+  Linear qkv, proj, fc1, fc2;
+  Attention heads;
+};
+
+struct Shape {
+  int tokens, prefix, dim, depth, heads, hidden, classes, channels, height, width, patch_h, patch_w, rectified;
+};
+
+struct Epsilon {
+  float norm1, norm2, norm, irm;
+};
+
+class Barrier {
+  std::atomic<int> arrived_{0}, round_{0};
+  const int size_;
+ public:
+  explicit Barrier(int size) : size_(size) {}
+  void wait() {
+    if (size_ == 1) return;
+    const int round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.fetch_add(1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
+      if (spins > 2000) std::this_thread::yield();
+  }
+};
+
+struct Workspace {  // of one image
+  Buffer<float> x, key_bias[2];              // (tokens, dim), (heads, tokens)
+  Buffer<uint8_t> codes, hidden, queries;    // (tokens, dim), (tokens, widest), (heads, tokens, 64)
+  Buffer<int8_t> keys[2], values[2];         // packed, a head after the other; two, so that one can be read while the
+                                             // next block's is written
+};
+
+struct Network {
+  Shape shape;
+  Epsilon eps;
+  std::vector<Block> blocks;
+  Linear patch, head, head_dist;
+  Quantizer patch_in, head_in, head_dist_in;
+  Buffer<float> prefix, positions;
+
+  int key_strips() const { return round_up(shape.tokens, STRIP) / STRIP; }
+  int value_groups() const { return round_up(shape.tokens, GROUP) / GROUP; }
+  size_t key_bytes() const { return key_strips() * strip_bytes(PANEL / GROUP); }
+  size_t value_bytes() const { return MAX_STRIPS * strip_bytes(value_groups()); }
+  int widest() const { return std::max(shape.hidden, patch.groups * GROUP); }
+
+  Workspace workspace() const {
+    const auto& [tokens, _p, dim, _d, heads, hidden, _c, _ch, _h, _w, _ph, _pw, _r] = shape;
+    Workspace w;
+    w.x = Buffer<float>(size_t(tokens) * dim);
+    w.codes = Buffer<uint8_t>(size_t(tokens) * dim);
+    w.hidden = Buffer<uint8_t>(size_t(tokens) * widest());
+    w.queries = Buffer<uint8_t>(size_t(tokens) * dim);
+    for (int i = 0; i < 2; ++i) {
+      w.key_bias[i] = Buffer<float>(size_t(heads) * tokens);
+      w.keys[i] = Buffer<int8_t>(heads * key_bytes());
+      w.values[i] = Buffer<int8_t>(heads * value_bytes());
+    }
+    return w;
+  }
+
+  void embed(Workspace& w, const float* image, int begin, int end) const {
+    const int across = shape.width / shape.patch_w, dim = shape.dim;
+    const size_t stride = widest();
+    const int first = std::max(begin, shape.prefix);
+    for (int token = begin; token < std::min(end, shape.prefix); ++token)
+      std::memcpy(w.x + size_t(token) * dim, prefix + size_t(token) * dim, dim * sizeof(float));
+    for (int token = first; token < end; ++token) {
+      const int top = (token - shape.prefix) / across * shape.patch_h;
+      const int left = (token - shape.prefix) % across * shape.patch_w;
+      uint8_t* u = w.hidden + token * stride;
+      for (int k = 0, c = 0; c < shape.channels; ++c)
+        for (int i = 0; i < shape.patch_h; ++i, k += shape.patch_w) {
+          const float* pixels = image + (size_t(c) * shape.height + top + i) * shape.width + left;
+          for (int j = 0; j < shape.patch_w; ++j)
+            u[k + j] = quantize(pixels[j], patch_in.scale[k + j], patch_in.shift[k + j], patch_in.levels);
+        }
+    }
+    if (first >= end) return;
+    patch.tiles(w.hidden + first * stride, stride, end - first, [&](int row, int count, int panel, const float* y) {
+      for (int r = 0; r < count; ++r) {
+        const size_t at = size_t(first + row + r) * dim + panel * PANEL;
+        for (int c = 0; c < PANEL; ++c)
+          w.x[at + c] = y[r * PANEL + c] + positions[at - size_t(shape.prefix) * dim + c];
+      }
+    });
+  }
+
+  void queries_keys_values(const Block& b, Workspace& w, int which, int begin, int end) const {
+    const int dim = shape.dim, heads = shape.heads, tokens = shape.tokens;
+    for (int row = begin; row < end; ++row)
+      norm_and_quantize(w.x + size_t(row) * dim, dim, eps.norm1, b.attn_in.scale, b.attn_in.shift, b.attn_in.levels,
+                        w.codes + size_t(row) * dim);
+    b.qkv.tiles(w.codes + size_t(begin) * dim, dim, end - begin, [&](int row, int count, int panel, const float* y) {
+      const int part = panel / heads, head = panel % heads;
+      const Quantizer& quantizer = part == 0 ? b.q : part == 1 ? b.k : b.v;
+      const float *scale = quantizer.scale + head * PANEL, *shift = quantizer.shift + head * PANEL;
+      const int centre = quantizer.levels > 127 ? 128 : 0;  // keys and values are the signed side of their products
+      alignas(64) uint8_t u[PANEL];
+      for (int r = 0; r < count; ++r, y += PANEL) {
+        const int token = begin + row + r;
+        if (part < 2 && shape.rectified)
+          norm_and_quantize(y, PANEL, eps.irm, scale, shift, quantizer.levels, u);
+        else
+          for (int d = 0; d < PANEL; ++d) u[d] = quantize(y[d], scale[d], shift[d], quantizer.levels);
+        if (part == 0) {
+          std::memcpy(w.queries + (size_t(head) * tokens + token) * PANEL, u, PANEL);
+          continue;
+        }
+        int sum = 0;
+        for (int d = 0; d < PANEL; ++d) {
+          u[d] = uint8_t(u[d] - centre);
+          sum += int8_t(u[d]);
+        }
+        if (part == 1) {
+          int8_t* key = w.keys[which] + head * key_bytes() + token / STRIP * strip_bytes(PANEL / GROUP) +
+                        token % STRIP * GROUP;
+          for (int g = 0; g < PANEL / GROUP; ++g) std::memcpy(key + g * STRIP * GROUP, u + g * GROUP, GROUP);
+          w.key_bias[which][size_t(head) * tokens + token] = b.heads.q_zero[head] * b.heads.score_scale[head] * sum;
+        } else {
+          int8_t* value = w.values[which] + head * value_bytes() + token / GROUP * STRIP * GROUP + token % GROUP;
+          for (int d = 0; d < PANEL; ++d)
+            value[d / STRIP * strip_bytes(value_groups()) + d % STRIP * GROUP] = int8_t(u[d]);
+        }
+      }
+    });
+  }
+
+  void attend(const Block& b, Workspace& w, int which, int begin, int end) const {
+    const int dim = shape.dim, tokens = shape.tokens, strips = key_strips(), groups = value_groups();
+    const int chunks = round_up(strips, MAX_STRIPS) / MAX_STRIPS;
+    Buffer<int32_t> sums(size_t(ROWS) * strips * STRIP);
+    Buffer<float> scores(size_t(strips) * STRIP);
+    Buffer<uint8_t> probabilities(size_t(ROWS) * groups * GROUP), ones(size_t(groups) * GROUP);
+    std::fill(ones + 0, ones + tokens, uint8_t(1));
+    alignas(64) int32_t out[ROWS * PANEL], value_sums[PANEL];
+    for (int head = 0; head < shape.heads; ++head) {
+      const int8_t *keys = w.keys[which] + head * key_bytes(), *values = w.values[which] + head * value_bytes();
+      const float* key_bias = w.key_bias[which] + size_t(head) * tokens;
+      const float score_scale = b.heads.score_scale[head], out_scale = b.heads.out_scale[head];
+      const float attn_zero = b.heads.attn_zero[head];
+      const float value_zero = b.heads.v_zero[head] - (b.v.levels > 127 ? 128 : 0);
+      const float attn_scale = b.attn.scale[head], attn_shift = b.attn.shift[head];
+      const float *proj_scale = b.proj_in.scale + head * PANEL, *proj_shift = b.proj_in.shift + head * PANEL;
+      dot(1, MAX_STRIPS, ones, 0, values, groups, value_sums, PANEL);
+      for (int row = begin; row < end; row += ROWS) {
+        const int count = std::min(ROWS, end - row);
+        const uint8_t* queries = w.queries + (size_t(head) * tokens + row) * PANEL;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+          const int first = strips * chunk / chunks, next = strips * (chunk + 1) / chunks;
+          dot(count, next - first, queries, PANEL, keys + first * strip_bytes(PANEL / GROUP), PANEL / GROUP,
+              sums + first * STRIP, strips * STRIP);
+        }
+        float code_sums[ROWS];
+        for (int r = 0; r < count; ++r) {
+          const int32_t* sum = sums + size_t(r) * strips * STRIP;
+          float highest = -INFINITY, total = 0.f;
+#pragma omp simd reduction(max : highest)
+          for (int j = 0; j < tokens; ++j) {
+            scores[j] = float(sum[j]) * score_scale - key_bias[j];
+            highest = scores[j] > highest ? scores[j] : highest;
+          }
+#pragma omp simd reduction(+ : total)
+          for (int j = 0; j < tokens; ++j) {
+            scores[j] = exp_negative(scores[j] - highest);
+            total += scores[j];
+          }
+          uint8_t* u = probabilities + size_t(r) * groups * GROUP;
+          const float scale = attn_scale / total;
+          int code_sum = 0;
+#pragma omp simd reduction(+ : code_sum)
+          for (int j = 0; j < tokens; ++j) {
+            u[j] = quantize(scores[j], scale, attn_shift, b.attn.levels);
+            code_sum += u[j];
+          }
+          code_sums[r] = float(code_sum);
+        }
+        dot(count, MAX_STRIPS, probabilities, size_t(groups) * GROUP, values, groups, out, PANEL);
+        for (int r = 0; r < count; ++r) {
+          uint8_t* u = w.codes + size_t(row + r) * dim + head * PANEL;
+          const float of_row = value_zero * (attn_zero * tokens - code_sums[r]);
+          for (int d = 0; d < PANEL; ++d) {
+            const float product = float(out[r * PANEL + d]) - attn_zero * float(value_sums[d]) + of_row;
+            u[d] = quantize(product * out_scale, proj_scale[d], proj_shift[d], b.proj_in.levels);
+          }
+        }
+      }
+    }
+  }
+
+  void add(const Linear& linear, const uint8_t* u, size_t stride, Workspace& w, int begin, int end) const {
+    linear.tiles(u + begin * stride, stride, end - begin, [&](int row, int count, int panel, const float* y) {
+      for (int r = 0; r < count; ++r) {
+        float* x = w.x + size_t(begin + row + r) * shape.dim + panel * PANEL;
+        for (int c = 0; c < PANEL; ++c) x[c] += y[r * PANEL + c];
+      }
+    });
+  }
+
+  void mlp(const Block& b, Workspace& w, int begin, int end) const {
+    const int dim = shape.dim;
+    const size_t stride = widest();
+    for (int row = begin; row < end; ++row)
+      norm_and_quantize(w.x + size_t(row) * dim, dim, eps.norm2, b.fc1_in.scale, b.fc1_in.shift, b.fc1_in.levels,
+                        w.codes + size_t(row) * dim);
+    b.fc1.tiles(w.codes + size_t(begin) * dim, dim, end - begin, [&](int row, int count, int panel, const float* y) {
+      const float *scale = b.fc2_in.scale + panel * PANEL, *shift = b.fc2_in.shift + panel * PANEL;
+      for (int r = 0; r < count; ++r) {
+        uint8_t* u = w.hidden + (begin + row + r) * stride + panel * PANEL;
+#pragma omp simd
+        for (int c = 0; c < PANEL; ++c)
+          u[c] = quantize(clipped_gelu(y[r * PANEL + c]), scale[c], shift[c], b.fc2_in.levels);
+      }
+    });
+    add(b.fc2, w.hidden, stride, w, begin, end);
+  }
+
+  void classify(Workspace& w, float* logits) const {
+    for (int i = 0; i < 2; ++i) {
+      const Quantizer& quantizer = i ? head_dist_in : head_in;
+      norm_and_quantize(w.x + size_t(i) * shape.dim, shape.dim, eps.norm, quantizer.scale, quantizer.shift,
+                        quantizer.levels, w.codes);
+      (i ? head_dist : head).tiles(w.codes, shape.dim, 1, [&](int, int, int panel, const float* y) {
+        for (int c = 0; c < PANEL && panel * PANEL + c < shape.classes; ++c)
+          logits[panel * PANEL + c] = i ? (logits[panel * PANEL + c] + y[c]) / 2 : y[c];
+      });
+    }
+  }
+
+  // One thread's part of an image: `member` of a team that shares `w` and `barrier`.
+  void image(Workspace& w, Barrier& barrier, int member, int team, const float* pixels, float* logits) const {
+    const int tiles = round_up(shape.tokens, ROWS) / ROWS;
+    const int begin = std::min(shape.tokens, tiles * member / team * ROWS);
+    const int end = std::min(shape.tokens, tiles * (member + 1) / team * ROWS);
+    embed(w, pixels, begin, end);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      queries_keys_values(blocks[i], w, i % 2, begin, end);
+      barrier.wait();
+      attend(blocks[i], w, i % 2, begin, end);
+      add(blocks[i].proj, w.codes, shape.dim, w, begin, end);
+      mlp(blocks[i], w, begin, end);
+    }
+    if (member == 0) classify(w, logits);
+    barrier.wait();  // the next image overwrites this one's keys and values
+  }
+
+  void forward(const float* images, int batch, int threads, float* logits) const {
+    const int teams = std::max(1, std::min(batch, threads)), team = std::max(1, threads / teams);
+    const size_t pixels = size_t(shape.channels) * shape.height * shape.width;
+    std::vector<Workspace> spaces;
+    std::vector<std::unique_ptr<Barrier>> barriers;
+    for (int t = 0; t < teams; ++t) {
+      spaces.push_back(workspace());
+      barriers.push_back(std::make_unique<Barrier>(team));
+    }
+    const auto work = [&](int thread) {
+      const int t = thread % teams;
+      for (int i = t; i < batch; i += teams)
+        image(spaces[t], *barriers[t], thread / teams, team, images + i * pixels, logits + size_t(i) * shape.classes);
+    };
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < teams * team; ++thread) others.emplace_back(work, thread);
+    work(0);
+    for (std::thread& other : others) other.join();
+  }
+};
+
+}  // namespace
+
+// --- for native.py: kinds are those of its tables LINEARS, QUANTIZERS and VECTORS ------------------------------------
+
+extern "C" {
+
+int qvit_vectorized() {
+#ifdef QVIT_VNNI
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+void* qvit_new(const int32_t* shape, const float* eps) {
+  auto* net = new (std::nothrow) Network;
+  if (!net) return nullptr;
+  static_assert(sizeof(Shape) == 13 * sizeof(int32_t), "as native.py fills it");
+  std::memcpy(&net->shape, shape, sizeof(Shape));
+  std::memcpy(&net->eps, eps, sizeof(Epsilon));
+  net->blocks.resize(net->shape.depth);
+  return net;
+}
+
+void qvit_free(void* net) { delete static_cast<Network*>(net); }
+
+void qvit_linear(void* handle, int block, int kind, int inputs, int outputs, int terms, const int8_t* weight,
+                 const float* scale, const float* bias) {
+  auto* net = static_cast<Network*>(handle);
+  Linear* of_network[] = {&net->patch, &net->head, &net->head_dist};
+  Block* b = block < 0 ? nullptr : &net->blocks[block];
+  Linear* of_block[] = {b ? &b->qkv : nullptr, b ? &b->proj : nullptr, b ? &b->fc1 : nullptr, b ? &b->fc2 : nullptr};
+  (b ? of_block[kind] : of_network[kind])->fill(inputs, outputs, terms, weight, scale, bias);
+}
+
+void qvit_quantizer(void* handle, int block, int kind, int size, int levels, const float* scale, const float* shift) {
+  auto* net = static_cast<Network*>(handle);
+  Quantizer* of_network[] = {&net->patch_in, &net->head_in, &net->head_dist_in};
+  Quantizer* quantizer = of_network[block < 0 ? kind : 0];
+  if (block >= 0) {
+    Block& b = net->blocks[block];
+    Quantizer* of_block[] = {&b.attn_in, &b.q, &b.k, &b.v, &b.attn, &b.proj_in, &b.fc1_in, &b.fc2_in};
+    quantizer = of_block[kind];
+  }
+  quantizer->scale = Buffer<float>(scale, size);
+  quantizer->shift = Buffer<float>(shift, size);
+  quantizer->levels = float(levels);
+}
+
+void qvit_vector(void* handle, int block, int kind, int size, const float* values) {
+  auto* net = static_cast<Network*>(handle);
+  Buffer<float>* of_network[] = {&net->prefix, &net->positions};
+  Buffer<float>* vector = of_network[block < 0 ? kind : 0];
+  if (block >= 0) {
+    Attention& heads = net->blocks[block].heads;
+    Buffer<float>* of_block[] = {&heads.score_scale, &heads.q_zero, &heads.v_zero, &heads.attn_zero, &heads.out_scale};
+    vector = of_block[kind];
+  }
+  *vector = Buffer<float>(values, size);
+}
+
+int qvit_forward(const void* net, const float* images, int batch, int threads, float* logits) {
+  try {
+    static_cast<const Network*>(net)->forward(images, batch, threads, logits);
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+}  // extern "C"
