@@ -66,19 +66,26 @@ void dot(const uint8_t* a, size_t a_stride, const int8_t* b, int groups, int32_t
   const size_t strip = strip_bytes(groups);
 #ifdef QVIT_VNNI
   __m512i sums[R][Z];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int z = 0; z < Z; ++z) sums[r][z] = _mm512_setzero_si512();
   for (int g = 0; g < groups; ++g) {
     __m512i column[Z];
+#pragma GCC unroll 8
     for (int z = 0; z < Z; ++z) column[z] = _mm512_load_si512(b + z * strip + size_t(g) * STRIP * GROUP);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int32_t four;
       std::memcpy(&four, a + r * a_stride + size_t(g) * GROUP, GROUP);
       const __m512i row = _mm512_set1_epi32(four);
+#pragma GCC unroll 8
       for (int z = 0; z < Z; ++z) sums[r][z] = _mm512_dpbusd_epi32(sums[r][z], row, column[z]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int z = 0; z < Z; ++z) _mm512_storeu_si512(out + r * out_stride + z * STRIP, sums[r][z]);
 #else
   for (int r = 0; r < R; ++r)
@@ -168,16 +175,28 @@ struct Quantizer {  // u = round(clamp(x scale + shift, 0, levels))
   float levels = 0;
 };
 
-inline uint8_t quantize(float x, float scale, float shift, float levels) {
+inline int32_t quantize(float x, float scale, float shift, float levels) {
   float position = x * scale + shift;
   position = position > 0.f ? position : 0.f;
   position = position < levels ? position : levels;
-  return uint8_t(int32_t(__builtin_rintf(position)));
+  return int32_t(__builtin_rintf(position));
 }
 
-// e^x for x <= 0, relative error below 1e-6; 0 from about -87 downwards.
+// u[i] = code(i) for n codes; narrowed in a pass of its own, without which compilers mix the widths in one.
+template <class Code> inline void write_codes(int n, uint8_t* u, const Code& code) {
+  alignas(64) int32_t codes[PANEL];
+  for (int first = 0; first < n; first += PANEL) {
+    const int count = std::min(PANEL, n - first);
+#pragma omp simd
+    for (int i = 0; i < count; ++i) codes[i] = code(first + i);
+#pragma omp simd
+    for (int i = 0; i < count; ++i) u[first + i] = uint8_t(codes[i]);
+  }
+}
+
+// e^x for x <= 0, relative error below 1e-6; as good as 0 from -80 downwards, and not a denormal number, which is slow.
 inline float exp_negative(float x) {
-  x = x > -87.f ? x : -87.f;
+  x = x > -80.f ? x : -80.f;
   const float n = __builtin_rintf(x * 1.44269504f);
   const float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
   float p = 1.f / 5040;
@@ -214,8 +233,7 @@ inline void norm_and_quantize(const float* x, int n, float eps, const float* sca
 #pragma omp simd reduction(+ : squares)
   for (int c = 0; c < n; ++c) squares += (x[c] - mean) * (x[c] - mean);
   const float inverse = 1.f / std::sqrt(squares / n + eps);
-#pragma omp simd
-  for (int c = 0; c < n; ++c) u[c] = quantize((x[c] - mean) * inverse, scale[c], shift[c], levels);
+  write_codes(n, u, [=](int c) { return quantize((x[c] - mean) * inverse, scale[c], shift[c], levels); });
 }
 
 struct Attention {  // constants of each head; zeros are z - qn
@@ -303,8 +321,8 @@ struct Network {
       for (int k = 0, c = 0; c < shape.channels; ++c)
         for (int i = 0; i < shape.patch_h; ++i, k += shape.patch_w) {
           const float* pixels = image + (size_t(c) * shape.height + top + i) * shape.width + left;
-          for (int j = 0; j < shape.patch_w; ++j)
-            u[k + j] = quantize(pixels[j], patch_in.scale[k + j], patch_in.shift[k + j], patch_in.levels);
+          const float *scale = patch_in.scale + k, *shift = patch_in.shift + k, levels = patch_in.levels;
+          write_codes(shape.patch_w, u + k, [=](int j) { return quantize(pixels[j], scale[j], shift[j], levels); });
         }
     }
     if (first >= end) return;
@@ -333,7 +351,9 @@ struct Network {
         if (part < 2 && shape.rectified)
           norm_and_quantize(y, PANEL, eps.irm, scale, shift, quantizer.levels, u);
         else
-          for (int d = 0; d < PANEL; ++d) u[d] = quantize(y[d], scale[d], shift[d], quantizer.levels);
+          write_codes(PANEL, u, [=, &quantizer](int d) {
+            return quantize(y[d], scale[d], shift[d], quantizer.levels);
+          });
         if (part == 0) {
           std::memcpy(w.queries + (size_t(head) * tokens + token) * PANEL, u, PANEL);
           continue;
@@ -398,22 +418,23 @@ struct Network {
           }
           uint8_t* u = probabilities + size_t(r) * groups * GROUP;
           const float scale = attn_scale / total;
-          int code_sum = 0;
+          const float *score = scores, levels = b.attn.levels;
+          write_codes(tokens, u, [=](int j) { return quantize(score[j], scale, attn_shift, levels); });
+          int32_t code_sum = 0;
 #pragma omp simd reduction(+ : code_sum)
-          for (int j = 0; j < tokens; ++j) {
-            u[j] = quantize(scores[j], scale, attn_shift, b.attn.levels);
-            code_sum += u[j];
-          }
+          for (int j = 0; j < tokens; ++j) code_sum += u[j];
           code_sums[r] = float(code_sum);
         }
         dot(count, MAX_STRIPS, probabilities, size_t(groups) * GROUP, values, groups, out, PANEL);
         for (int r = 0; r < count; ++r) {
           uint8_t* u = w.codes + size_t(row + r) * dim + head * PANEL;
           const float of_row = value_zero * (attn_zero * tokens - code_sums[r]);
-          for (int d = 0; d < PANEL; ++d) {
-            const float product = float(out[r * PANEL + d]) - attn_zero * float(value_sums[d]) + of_row;
-            u[d] = quantize(product * out_scale, proj_scale[d], proj_shift[d], b.proj_in.levels);
-          }
+          const int32_t *sum = out + r * PANEL, *value_sum = value_sums;
+          const float levels = b.proj_in.levels;
+          write_codes(PANEL, u, [=](int d) {
+            const float product = float(sum[d]) - attn_zero * float(value_sum[d]) + of_row;
+            return quantize(product * out_scale, proj_scale[d], proj_shift[d], levels);
+          });
         }
       }
     }
@@ -438,9 +459,8 @@ struct Network {
       const float *scale = b.fc2_in.scale + panel * PANEL, *shift = b.fc2_in.shift + panel * PANEL;
       for (int r = 0; r < count; ++r) {
         uint8_t* u = w.hidden + (begin + row + r) * stride + panel * PANEL;
-#pragma omp simd
-        for (int c = 0; c < PANEL; ++c)
-          u[c] = quantize(clipped_gelu(y[r * PANEL + c]), scale[c], shift[c], b.fc2_in.levels);
+        const float *of_row = y + r * PANEL, levels = b.fc2_in.levels;
+        write_codes(PANEL, u, [=](int c) { return quantize(clipped_gelu(of_row[c]), scale[c], shift[c], levels); });
       }
     });
     add(b.fc2, w.hidden, stride, w, begin, end);
