@@ -287,6 +287,7 @@ struct Network {
   Quantizer patch_in, head_in, head_dist_in;
   Buffer<float> prefix, positions;
 
+  int tiles() const { return round_up(shape.tokens, ROWS) / ROWS; }
   int key_strips() const { return round_up(shape.tokens, STRIP) / STRIP; }
   int value_groups() const { return round_up(shape.tokens, GROUP) / GROUP; }
   size_t key_bytes() const { return key_strips() * strip_bytes(PANEL / GROUP); }
@@ -480,9 +481,8 @@ struct Network {
 
   // One thread's part of an image: `member` of a team that shares `w` and `barrier`.
   void image(Workspace& w, Barrier& barrier, int member, int team, const float* pixels, float* logits) const {
-    const int tiles = round_up(shape.tokens, ROWS) / ROWS;
-    const int begin = std::min(shape.tokens, tiles * member / team * ROWS);
-    const int end = std::min(shape.tokens, tiles * (member + 1) / team * ROWS);
+    const int begin = std::min(shape.tokens, tiles() * member / team * ROWS);
+    const int end = std::min(shape.tokens, tiles() * (member + 1) / team * ROWS);
     embed(w, pixels, begin, end);
     for (size_t i = 0; i < blocks.size(); ++i) {
       queries_keys_values(blocks[i], w, i % 2, begin, end);
@@ -496,7 +496,8 @@ struct Network {
   }
 
   void forward(const float* images, int batch, int threads, float* logits) const {
-    const int teams = std::max(1, std::min(batch, threads)), team = std::max(1, threads / teams);
+    const int teams = std::max(1, std::min(batch, threads));
+    const int team = std::max(1, std::min(threads / teams, tiles()));  // everyone has rows, the first those of the heads
     const size_t pixels = size_t(shape.channels) * shape.height * shape.width;
     std::vector<Workspace> spaces;
     std::vector<std::unique_ptr<Barrier>> barriers;

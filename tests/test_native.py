@@ -1,0 +1,149 @@
+"""The fused kernels against the same integer network in plain torch.
+
+Both compute the same integers; what lies between them in float32 differs in the last bits, and where a value lies on a
+rounding boundary a code may differ by one and spread. So most images must agree to float32's precision, and a
+kernel that is wrong anywhere fails on all of them.
+"""
+import re
+import shutil
+import subprocess
+
+import pytest
+import timm
+import torch
+
+import native
+import quant_vision_transformer  # noqa: F401: registers the variants
+from _quan_base import calibrate
+from integer import IntegerViT
+
+pytestmark = pytest.mark.skipif(shutil.which('g++') is None, reason='no C++ compiler')
+IMAGES = 9
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache of compiled libraries, forgotten afterwards."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path / 'qvit'
+    native._library.cache_clear()
+
+
+def spread_rule(channels, qn, qp):
+    """Steps that differ from channel to channel, so that folding has something to do; zero points not at 0."""
+    step = 2 * channels.abs().mean() / qp ** .5 * torch.linspace(.8, 1.25, len(channels))
+    return step, 0.3 * (channels.amin(1) - step * qn)
+
+
+def make(size=(32, 48), depth=2, terms=1, name='fourbits_deit_tiny_patch16_224', classes=10, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=size, depth=depth, num_classes=classes, **kwargs)
+    for block in model.blocks:  # LayerNorms that do something
+        for norm in (block.norm1, block.norm2, block.attn.norm_q, block.attn.norm_k):
+            for parameter in norm.parameters():
+                torch.nn.init.uniform_(parameter, .5, 1.5)
+    images = torch.randn(IMAGES, 3, *size)
+    calibrate(model, images, spread_rule)
+    return IntegerViT(model, terms), images
+
+
+def assert_agree(network, images, **options):
+    expected, got = network(images), native.NativeViT(network, **options)(images)
+    assert got.shape == expected.shape
+    error = (got - expected).abs().amax(1) / expected.std()
+    assert error.median() < 1e-4, error
+    return got
+
+
+@pytest.mark.parametrize('terms', [1, 2])
+@pytest.mark.parametrize('kwargs', [{}, {'act_granularity': 'tensor'}, {'irm': False}, {'act_bits': 8},
+                                    {'weight_bits': 8, 'act_bits': 8, 'irm': False}, {'classes': 129},
+                                    {'name': 'twobits_deit_small_patch16_224'}, {'patch_size': 8}, {'in_chans': 1}],
+                         ids=str)
+def test_equals_plain_torch(kwargs, terms):
+    if 'in_chans' in kwargs:
+        torch.manual_seed(0)
+        model = timm.create_model('fourbits_deit_tiny_patch16_224', img_size=32, depth=1, in_chans=1, num_classes=5)
+        images = torch.randn(IMAGES, 1, 32, 32)
+        calibrate(model, images, spread_rule)
+        network = IntegerViT(model, terms)
+    else:
+        network, images = make(terms=terms, **kwargs)
+    assert_agree(network, images, threads=1)
+
+
+@pytest.mark.parametrize('threads', [2, 3, 64])
+@pytest.mark.parametrize('batch', [1, 2, 5])
+def test_threads_do_not_change_the_result(threads, batch):
+    network, images = make(size=(64, 64))
+    one = native.NativeViT(network, threads=1)(images[:batch])
+    assert torch.equal(native.NativeViT(network, threads=threads)(images[:batch]), one)
+
+
+def test_result_of_an_image_does_not_depend_on_its_batch():
+    network, images = make()
+    model = native.NativeViT(network)
+    assert torch.equal(model(images), torch.cat([model(image[None]) for image in images]))
+    assert model(images[:0]).shape == (0, 10)
+
+
+def test_whole_depth_and_resolution():
+    network, images = make(size=(224, 224), depth=12, act_granularity='tensor')
+    predicted = native.NativeViT(network)(images[:3])
+    assert torch.isfinite(predicted).all()
+    assert (predicted.argmax(1) == network(images[:3]).argmax(1)).any()
+
+
+def test_portable_loops_equal_the_vectorized_ones(own_cache, monkeypatch):
+    network, images = make(size=(32, 32), depth=1)
+    vectorized = native.NativeViT(network)
+    expected = vectorized(images)
+    monkeypatch.setattr(native, 'FLAGS', [flag for flag in native.FLAGS if flag != '-march=native'])
+    native._library.cache_clear()
+    portable = native.NativeViT(network)
+    assert not portable.vectorized
+    error = (portable(images) - expected).abs().amax(1) / expected.std()
+    assert error.median() < 1e-4
+
+
+def test_compiled_once(own_cache, monkeypatch):
+    network, _ = make(depth=1)
+    native.NativeViT(network)
+    files = sorted(own_cache.iterdir())
+    assert [file.suffix for file in files] == ['.so']
+    native._library.cache_clear()
+    monkeypatch.setattr(subprocess, 'run', None)
+    native.NativeViT(network)
+
+
+@pytest.mark.parametrize(('compiler', 'reason'), [('no-such-compiler', 'no C++ compiler'),
+                                                  ('false', 'cannot compile')])
+def test_without_a_compiler_plain_torch_runs_and_says_so(own_cache, monkeypatch, capsys, compiler, reason):
+    monkeypatch.setenv('CXX', compiler)
+    network, images = make(depth=1)
+    with pytest.raises(native.NativeUnavailable, match=re.escape(reason)):
+        native.NativeViT(network)
+    assert native.fastest(network) is network
+    said = capsys.readouterr().out
+    assert reason in said and said.count('\n') == 1
+    assert not own_cache.exists() or not list(own_cache.iterdir())
+
+
+def test_unsupported_networks_and_images():
+    model, images = make(depth=1, quantize_attn=False)
+    with pytest.raises(native.NativeUnavailable, match='quantized attention'):
+        native.NativeViT(model)
+    wide, _ = make(depth=1, num_heads=6)
+    with pytest.raises(native.NativeUnavailable, match='64 wide'):
+        native.NativeViT(wide)
+    network, _ = make(depth=1)
+    with pytest.raises(ValueError, match=r'3, 32, 48'):
+        native.NativeViT(network)(images[:, :, :16])
+
+
+def test_damaged_values_do_not_crash():
+    network, images = make(depth=1)
+    images[0, 0, 0, 0], images[1] = float('nan'), float('inf')
+    logits = native.NativeViT(network)(images)
+    assert torch.equal(logits[2:], native.NativeViT(network)(images[2:]))
