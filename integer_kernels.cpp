@@ -18,7 +18,10 @@
 #include <vector>
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
-#define QVIT_VNNI 1
+#define QVIT_AVX512_VNNI 1
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define QVIT_AVX2 1
 #endif
 
 namespace {
@@ -60,11 +63,63 @@ template <class T> class Buffer {  // zeros, aligned to a cache line
 // A packed matrix of K x N int8: strips of 16 columns, in a strip groups of 4 rows, in a group 4 bytes of each column.
 size_t strip_bytes(int groups) { return size_t(groups) * STRIP * GROUP; }
 
+inline int32_t four_codes(const uint8_t* codes) {
+  int32_t four;
+  std::memcpy(&four, codes, GROUP);
+  return four;
+}
+
+#ifdef QVIT_AVX2
+
+// R rows of a and one strip of b.
+template <int R>
+void dot_strip(const uint8_t* a, size_t a_stride, const int8_t* b, int groups, int32_t* out, size_t out_stride) {
+  __m256i sums[R][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+  for (int g = 0; g < groups; ++g, a += GROUP, b += STRIP * GROUP) {
+    const auto* columns = reinterpret_cast<const __m256i*>(b);
+#ifdef __AVXVNNI__
+    const __m256i left = _mm256_load_si256(columns), right = _mm256_load_si256(columns + 1);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m256i row = _mm256_set1_epi32(four_codes(a + r * a_stride));
+      sums[r][0] = _mm256_dpbusd_avx_epi32(sums[r][0], row, left);
+      sums[r][1] = _mm256_dpbusd_avx_epi32(sums[r][1], row, right);
+    }
+#else
+    // By way of 16 bits: the 8-bit multiplication of AVX2 saturates its sums, and codes may have 8 bits.
+    __m256i even[2], odd[2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m256i column = _mm256_load_si256(columns + half);
+      even[half] = _mm256_srai_epi16(_mm256_slli_epi16(column, 8), 8);
+      odd[half] = _mm256_srai_epi16(column, 8);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m256i row = _mm256_set1_epi32(four_codes(a + r * a_stride));
+      const __m256i row_even = _mm256_and_si256(row, _mm256_set1_epi16(255)), row_odd = _mm256_srli_epi16(row, 8);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        sums[r][half] = _mm256_add_epi32(sums[r][half], _mm256_add_epi32(_mm256_madd_epi16(row_even, even[half]),
+                                                                         _mm256_madd_epi16(row_odd, odd[half])));
+    }
+#endif
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int half = 0; half < 2; ++half)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * out_stride) + half, sums[r][half]);
+}
+
+#endif
+
 // out[r][16 z + c] = sum_k a[r][k] b[k][16 z + c] for R rows of a (uint8) and Z strips of b (int8).
 template <int R, int Z>
 void dot(const uint8_t* a, size_t a_stride, const int8_t* b, int groups, int32_t* out, size_t out_stride) {
   const size_t strip = strip_bytes(groups);
-#ifdef QVIT_VNNI
+#ifdef QVIT_AVX512_VNNI
   __m512i sums[R][Z];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -76,9 +131,7 @@ void dot(const uint8_t* a, size_t a_stride, const int8_t* b, int groups, int32_t
     for (int z = 0; z < Z; ++z) column[z] = _mm512_load_si512(b + z * strip + size_t(g) * STRIP * GROUP);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, a + r * a_stride + size_t(g) * GROUP, GROUP);
-      const __m512i row = _mm512_set1_epi32(four);
+      const __m512i row = _mm512_set1_epi32(four_codes(a + r * a_stride + size_t(g) * GROUP));
 #pragma GCC unroll 8
       for (int z = 0; z < Z; ++z) sums[r][z] = _mm512_dpbusd_epi32(sums[r][z], row, column[z]);
     }
@@ -87,18 +140,31 @@ void dot(const uint8_t* a, size_t a_stride, const int8_t* b, int groups, int32_t
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int z = 0; z < Z; ++z) _mm512_storeu_si512(out + r * out_stride + z * STRIP, sums[r][z]);
+#elif defined(QVIT_AVX2)
+#ifdef __AVXVNNI__
+  constexpr int MOST = ROWS;
 #else
-  for (int r = 0; r < R; ++r)
-    for (int z = 0; z < Z; ++z) {
-      int32_t sums[STRIP] = {};
-      for (int g = 0; g < groups; ++g) {
-        const uint8_t* row = a + r * a_stride + size_t(g) * GROUP;
-        const int8_t* column = b + z * strip + size_t(g) * STRIP * GROUP;
-        for (int c = 0; c < STRIP; ++c)
-          for (int k = 0; k < GROUP; ++k) sums[c] += int32_t(row[k]) * column[c * GROUP + k];
-      }
-      std::memcpy(out + r * out_stride + z * STRIP, sums, sizeof sums);
+  constexpr int MOST = 3;  // what 16 registers hold
+#endif
+  for (int z = 0; z < Z; ++z) {
+    dot_strip<(R < MOST ? R : MOST)>(a, a_stride, b + z * strip, groups, out + z * STRIP, out_stride);
+    if constexpr (R > MOST)
+      dot_strip<R - MOST>(a + MOST * a_stride, a_stride, b + z * strip, groups, out + MOST * out_stride + z * STRIP,
+                          out_stride);
+  }
+#else
+  typedef int32_t Lanes __attribute__((vector_size(STRIP * GROUP)));
+  for (int z = 0; z < Z; ++z) {
+    Lanes sums[R] = {};
+    for (int g = 0; g < groups; ++g) {
+      Lanes column, of_byte[GROUP];
+      std::memcpy(&column, b + z * strip + size_t(g) * STRIP * GROUP, sizeof column);
+      for (int k = 0; k < GROUP; ++k) of_byte[k] = (column << (24 - 8 * k)) >> 24;
+      for (int r = 0; r < R; ++r)
+        for (int k = 0; k < GROUP; ++k) sums[r] += of_byte[k] * int32_t(a[r * a_stride + size_t(g) * GROUP + k]);
     }
+    for (int r = 0; r < R; ++r) std::memcpy(out + r * out_stride + z * STRIP, &sums[r], sizeof sums[r]);
+  }
 #endif
 }
 
@@ -523,11 +589,15 @@ struct Network {
 
 extern "C" {
 
-int qvit_vectorized() {
-#ifdef QVIT_VNNI
-  return 1;
+const char* qvit_instructions() {
+#if defined(QVIT_AVX512_VNNI)
+  return "AVX-512 VNNI";
+#elif defined(QVIT_AVX2) && defined(__AVXVNNI__)
+  return "AVX-VNNI";
+#elif defined(QVIT_AVX2)
+  return "AVX2";
 #else
-  return 0;
+  return "portable";
 #endif
 }
 

@@ -81,7 +81,7 @@ def _library() -> ctypes.CDLL:
         raise NativeUnavailable(f'{path} cannot be made or loaded ({" ".join(str(error).split())})') from error
     integer, pointer = ctypes.c_int, ctypes.c_void_p
     for name, result, arguments in (
-            ('vectorized', integer, []), ('new', pointer, [pointer, pointer]), ('free', None, [pointer]),
+            ('instructions', ctypes.c_char_p, []), ('new', pointer, [pointer, pointer]), ('free', None, [pointer]),
             ('linear', None, [pointer, *[integer] * 5, pointer, pointer, pointer]),
             ('quantizer', None, [pointer, *[integer] * 4, pointer, pointer]),
             ('vector', None, [pointer, *[integer] * 3, pointer]),
@@ -129,9 +129,9 @@ class NativeViT:
             self._block(index, block)
 
     @property
-    def vectorized(self) -> bool:
-        """Whether this processor's 8-bit dot products (AVX-512 VNNI) are in use, not portable loops."""
-        return bool(self._library.qvit_vectorized())
+    def instructions(self) -> str:
+        """What the products run on: 'AVX-512 VNNI', 'AVX-VNNI', 'AVX2', or 'portable' C++."""
+        return self._library.qvit_instructions().decode()
 
     def _block(self, index: int, block: IntBlock) -> None:
         attn = block.attn
@@ -190,6 +190,7 @@ def fastest(network: IntegerViT, threads: int | None = None) -> Callable[[Tensor
     except NativeUnavailable as error:
         print(f'integer inference in plain torch, which is slower: {error}')
         return network
-    if not native.vectorized:
-        print('integer inference in portable loops, which are slower: this processor has no AVX-512 VNNI')
+    if 'VNNI' not in native.instructions:
+        print(f'integer inference without 8-bit dot products ({native.instructions} code), which is slower: '
+              f'this processor has no VNNI')
     return native

@@ -4,6 +4,7 @@ Both compute the same integers; what lies between them in float32 differs in the
 rounding boundary a code may differ by one and spread. So most images must agree to float32's precision, and a
 kernel that is wrong anywhere fails on all of them.
 """
+import platform
 import re
 import shutil
 import subprocess
@@ -13,7 +14,6 @@ import timm
 import torch
 
 import native
-import quant_vision_transformer  # noqa: F401: registers the variants
 from _quan_base import calibrate
 from integer import IntegerViT
 
@@ -95,15 +95,20 @@ def test_whole_depth_and_resolution():
     assert (predicted.argmax(1) == network(images[:3]).argmax(1)).any()
 
 
-def test_portable_loops_equal_the_vectorized_ones(own_cache, monkeypatch):
-    network, images = make(size=(32, 32), depth=1)
-    vectorized = native.NativeViT(network)
-    expected = vectorized(images)
-    monkeypatch.setattr(native, 'FLAGS', [flag for flag in native.FLAGS if flag != '-march=native'])
+@pytest.mark.parametrize(('flags', 'needs', 'instructions'), [
+    (['-march=x86-64'], None, 'portable'), (['-march=haswell'], 'avx2', 'AVX2'),
+    (['-march=haswell', '-mavxvnni'], 'avx_vnni', 'AVX-VNNI')])
+def test_every_instruction_set_gives_the_same(own_cache, monkeypatch, flags, needs, instructions):
+    if platform.machine() != 'x86_64' or needs and needs not in native._processor():
+        pytest.skip(f'this processor lacks {needs}')
+    network, images = make(size=(32, 32), depth=1, act_bits=8)
+    expected = native.NativeViT(network)(images)
+    monkeypatch.setattr(native, 'FLAGS', [*flags, *(flag for flag in native.FLAGS if flag != '-march=native')])
+    monkeypatch.setattr(native, 'WIDE', [])
     native._library.cache_clear()
-    portable = native.NativeViT(network)
-    assert not portable.vectorized
-    error = (portable(images) - expected).abs().amax(1) / expected.std()
+    other = native.NativeViT(network)
+    assert other.instructions == instructions
+    error = (other(images) - expected).abs().amax(1) / expected.std()
     assert error.median() < 1e-4
 
 
