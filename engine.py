@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from _quan_base import ActQ, named_quantizers
 from checkpoints import write_checkpoint
 from losses import DistillationLoss, Teacher
+from model_card import write_model_card
 from quant_vision_transformer import QAttention
 from samplers import ResumableSampler
 from training import Training
@@ -292,6 +293,8 @@ def fit(
                 log.write(json.dumps(stats | {'epoch': epoch, 'n_parameters': args.n_parameters}) + '\n')
             write_epoch(writer, test_stats, quantizer_statistics(training.model, probe), training.epoch * batches)
         save(*(['best_checkpoint.pth'] if is_best else []), 'checkpoint.pth')
+        if output:
+            write_model_card(output, training.model, about, args, images=len(loader_val.dataset))
     print(f'Training time {timedelta(seconds=int(time.monotonic() - started))}')
 
 
