@@ -271,7 +271,7 @@ class IntegerViT(nn.Module):
         self.head_in = Quantizer.of(model.head.act, dim, model.norm)
         self.head_dist_in = Quantizer.of(model.head_dist.act, dim, model.norm)
         self.head, self.head_dist = (IntLinear(head, self.EDGE_TERMS) for head in (model.head, model.head_dist))
-        self.to(dtype)
+        self.to(model.cls_token.device, dtype)
         self.eval()
 
     @property
