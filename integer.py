@@ -16,6 +16,7 @@ network in fused kernels on a CPU.
 """
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -100,34 +101,41 @@ def fold_weight(weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     return torch.stack(codes).to(torch.int8), torch.stack(scales)
 
 
-def int_product(codes: Tensor, weight: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
-    """sum_k codes_mk weight_nk in integers: uint8 (M, K) up to `levels`, int8 (N, K) -> `dtype` (M, N).
+def int_product(codes: Tensor, weight: Tensor, levels: int, dtype: torch.dtype, offset: Tensor | None = None) -> Tensor:
+    """sum_k codes_mk weight_nk - offset_n in integers: uint8 (M, K) up to `levels`, int8 (N, K), int32 (N,) -> (M, N).
 
-    In int8 x int8 -> int32 where the device has it, else in float64, which holds every such sum exactly.
+    In int8 x int8 -> int32 where the device has it, else in float64, which holds every such sum exactly; then `dtype`.
     """
+    offset = 0 if offset is None else offset
     by_int8 = dtype != torch.float64
     if codes.is_cuda:  # what torch._int_mm asks of its shapes there
         by_int8 = by_int8 and len(codes) > 16 and codes.shape[1] % 8 == 0 and len(weight) % 8 == 0
     if not by_int8:
-        return (codes.double() @ weight.double().mT).to(dtype)
+        return (codes.double() @ weight.double().mT - offset).to(dtype)
     if levels <= 127:
-        return torch._int_mm(codes.view(torch.int8), weight.mT).to(dtype)
+        return (torch._int_mm(codes.view(torch.int8), weight.mT) - offset).to(dtype)
     shifted = codes.bitwise_xor(128).view(torch.int8)  # codes - 128
-    return (torch._int_mm(shifted, weight.mT) + 128 * weight.sum(1, dtype=torch.int32)).to(dtype)
+    return (torch._int_mm(shifted, weight.mT) + (128 * weight.sum(1, dtype=torch.int32) - offset)).to(dtype)
 
 
 class IntLinear(nn.Module):
-    """A linear layer of codes: uint8 (..., K) -> float (..., N), sum_t scale_t (codes weight_t^T) + bias.
+    """A linear layer of codes: uint8 (..., K) -> float (..., N), sum_t scale_t (codes weight_t^T - offset_t) + bias.
 
     Attributes:
         weight: int8 (terms, N, K).
         scale: (terms, N).
-        bias: (N,), the zero points folded in.
+        offset: int32 (terms, N), sum_k t_k weight_tnk with the zero points t = z - qn: taken off in integers, because
+            in float32 it would cost digits of the sum.
+        bias: (N,).
         levels: largest input code.
         exact: whether the weight is that of the fake-quantized layer, not quantized again.
+
+    Raises:
+        UserError: zero points are too large for 32-bit sums.
     """
     weight: Tensor
     scale: Tensor
+    offset: Tensor
     bias: Tensor
 
     def __init__(self, layer: LinearQ | Conv2dQ, terms: int) -> None:
@@ -143,17 +151,26 @@ class IntLinear(nn.Module):
         else:
             weight, scale = fold_weight(codes * step, terms)
             scale = scale * alpha
-        offset = (weight.double() @ (zero - qn) * scale).sum(0)
-        bias = torch.zeros(len(codes)) if layer.bias is None else layer.bias.detach().cpu()
+        offset = weight.double() @ (zero - qn)
+        if offset.abs().max() + inputs * self.levels * WEIGHT_LIMIT >= 2 ** 31:
+            raise UserError(f'zero points up to {zero.abs().max():.0f} are too large for integer inference: evaluate '
+                            f'this network in floating point')
         self.register_buffer('weight', weight)
         self.register_buffer('scale', scale)
-        self.register_buffer('bias', bias.double() - offset)
+        self.register_buffer('offset', offset.to(torch.int32))
+        bias = torch.zeros(len(codes)) if layer.bias is None else layer.bias.detach().cpu()
+        self.register_buffer('bias', bias.double())
+
+    @property
+    def folded_bias(self) -> Tensor:
+        """The bias with the zero points in it, float64 (N,): y is sum_t scale_t (codes weight_t^T) plus this."""
+        return self.bias.double() - (self.scale.double() * self.offset).sum(0)
 
     def forward(self, codes: Tensor) -> Tensor:
         rows, dtype = codes.flatten(0, -2), self.scale.dtype
         out = self.bias
-        for weight, scale in zip(self.weight, self.scale, strict=True):
-            out = torch.addcmul(out, int_product(rows, weight, self.levels, dtype), scale)
+        for weight, scale, offset in zip(self.weight, self.scale, self.offset, strict=True):
+            out = torch.addcmul(out, int_product(rows, weight, self.levels, dtype, offset), scale)
         return out.unflatten(0, codes.shape[:-1])
 
     def extra_repr(self) -> str:
@@ -177,7 +194,7 @@ class IntAttention(nn.Module):
         self.qkv, self.proj = IntLinear(attn.qkv, terms), IntLinear(attn.proj, terms)
         self.proj_in = Quantizer.of(attn.proj.act, dim)
         if not self.quantized:
-            self.norm_q, self.norm_k = attn.norm_q, attn.norm_k
+            self.norm_q, self.norm_k = copy.deepcopy(attn.norm_q), copy.deepcopy(attn.norm_k)
             return
         self.q_quant = Quantizer.of_heads(attn.q_act, heads, attn.norm_q)
         self.k_quant = Quantizer.of_heads(attn.k_act, heads, attn.norm_k)

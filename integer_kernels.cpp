@@ -190,21 +190,25 @@ void dot(int rows, int strips, const uint8_t* a, size_t a_stride, const int8_t* 
   }
 }
 
-struct Linear {  // sum_t scale_t (u weight_t^T) + bias
+struct Linear {  // sum_t scale_t (u weight_t^T - offset_t) + bias
   int inputs = 0, outputs = 0, terms = 0, groups = 0;
   Buffer<int8_t> weight;         // panel, term, strip, group, column, 4 rows
   Buffer<float> scale, bias;     // (terms, padded outputs), (padded outputs)
+  Buffer<int32_t> offset;        // (terms, padded outputs)
 
   int padded() const { return round_up(outputs, PANEL); }
 
-  void fill(int inputs_, int outputs_, int terms_, const int8_t* codes, const float* scales, const float* biases) {
+  void fill(int inputs_, int outputs_, int terms_, const int8_t* codes, const float* scales, const int32_t* offsets,
+            const float* biases) {
     inputs = inputs_, outputs = outputs_, terms = terms_, groups = round_up(inputs, GROUP) / GROUP;
     weight = Buffer<int8_t>(size_t(terms) * padded() * groups * GROUP);
     scale = Buffer<float>(size_t(terms) * padded());
+    offset = Buffer<int32_t>(size_t(terms) * padded());
     bias = Buffer<float>(padded());
     std::memcpy(bias, biases, outputs * sizeof(float));
     for (int t = 0; t < terms; ++t) {
       std::memcpy(scale + size_t(t) * padded(), scales + size_t(t) * outputs, outputs * sizeof(float));
+      std::memcpy(offset + size_t(t) * padded(), offsets + size_t(t) * outputs, outputs * sizeof(int32_t));
       for (int n = 0; n < outputs; ++n)
         for (int k = 0; k < inputs; ++k)
           panel(n / PANEL, t)[(n % PANEL) / STRIP * strip_bytes(groups) + (k / GROUP * STRIP + n % STRIP) * GROUP +
@@ -224,10 +228,11 @@ struct Linear {  // sum_t scale_t (u weight_t^T) + bias
         for (int t = 0; t < terms; ++t) {
           dot(count, MAX_STRIPS, u + row * stride, stride, panel(p, t), groups, sums, PANEL);
           const float* s = scale + size_t(t) * padded() + p * PANEL;
+          const int32_t* o = offset + size_t(t) * padded() + p * PANEL;
           const float* b = bias + p * PANEL;
           for (int r = 0; r < count; ++r)
             for (int c = 0; c < PANEL; ++c)
-              y[r * PANEL + c] = (t ? y[r * PANEL + c] : b[c]) + float(sums[r * PANEL + c]) * s[c];
+              y[r * PANEL + c] = (t ? y[r * PANEL + c] : b[c]) + float(sums[r * PANEL + c] - o[c]) * s[c];
         }
         take(row, count, p, static_cast<const float*>(y));
       }
@@ -346,7 +351,8 @@ class Barrier {
 };
 
 struct Workspace {  // of one image
-  Buffer<float> x, key_bias[2];              // (tokens, dim), (heads, tokens)
+  Buffer<float> x;                           // (tokens, dim)
+  Buffer<int32_t> key_offset[2];             // (heads, tokens): q_zero times the sum of a key's codes
   Buffer<uint8_t> codes, hidden, queries;    // (tokens, dim), (tokens, widest), (heads, tokens, 64)
   Buffer<int8_t> keys[2], values[2];         // packed, a head after the other; two, so that one can be read while the
                                              // next block's is written
@@ -375,7 +381,7 @@ struct Network {
     w.hidden = Buffer<uint8_t>(size_t(tokens) * widest());
     w.queries = Buffer<uint8_t>(size_t(tokens) * dim);
     for (int i = 0; i < 2; ++i) {
-      w.key_bias[i] = Buffer<float>(size_t(heads) * tokens);
+      w.key_offset[i] = Buffer<int32_t>(size_t(heads) * tokens);
       w.keys[i] = Buffer<int8_t>(heads * key_bytes());
       w.values[i] = Buffer<int8_t>(heads * value_bytes());
     }
@@ -441,7 +447,7 @@ struct Network {
           int8_t* key = w.keys[which] + head * key_bytes() + token / STRIP * strip_bytes(PANEL / GROUP) +
                         token % STRIP * GROUP;
           for (int g = 0; g < PANEL / GROUP; ++g) std::memcpy(key + g * STRIP * GROUP, u + g * GROUP, GROUP);
-          w.key_bias[which][size_t(head) * tokens + token] = b.heads.q_zero[head] * b.heads.score_scale[head] * sum;
+          w.key_offset[which][size_t(head) * tokens + token] = int(b.heads.q_zero[head]) * sum;
         } else {
           int8_t* value = w.values[which] + head * value_bytes() + token / GROUP * STRIP * GROUP + token % GROUP;
           for (int d = 0; d < PANEL; ++d)
@@ -461,10 +467,10 @@ struct Network {
     alignas(64) int32_t out[ROWS * PANEL], value_sums[PANEL];
     for (int head = 0; head < shape.heads; ++head) {
       const int8_t *keys = w.keys[which] + head * key_bytes(), *values = w.values[which] + head * value_bytes();
-      const float* key_bias = w.key_bias[which] + size_t(head) * tokens;
+      const int32_t* key_offset = w.key_offset[which] + size_t(head) * tokens;
       const float score_scale = b.heads.score_scale[head], out_scale = b.heads.out_scale[head];
-      const float attn_zero = b.heads.attn_zero[head];
-      const float value_zero = b.heads.v_zero[head] - (b.v.levels > 127 ? 128 : 0);
+      const int attn_zero = int(b.heads.attn_zero[head]);
+      const int value_zero = int(b.heads.v_zero[head]) - (b.v.levels > 127 ? 128 : 0);
       const float attn_scale = b.attn.scale[head], attn_shift = b.attn.shift[head];
       const float *proj_scale = b.proj_in.scale + head * PANEL, *proj_shift = b.proj_in.shift + head * PANEL;
       dot(1, MAX_STRIPS, ones, 0, values, groups, value_sums, PANEL);
@@ -476,13 +482,13 @@ struct Network {
           dot(count, next - first, queries, PANEL, keys + first * strip_bytes(PANEL / GROUP), PANEL / GROUP,
               sums + first * STRIP, strips * STRIP);
         }
-        float code_sums[ROWS];
+        int32_t code_sums[ROWS];
         for (int r = 0; r < count; ++r) {
           const int32_t* sum = sums + size_t(r) * strips * STRIP;
           float highest = -INFINITY, total = 0.f;
 #pragma omp simd reduction(max : highest)
           for (int j = 0; j < tokens; ++j) {
-            scores[j] = float(sum[j]) * score_scale - key_bias[j];
+            scores[j] = float(sum[j] - key_offset[j]) * score_scale;
             highest = scores[j] > highest ? scores[j] : highest;
           }
 #pragma omp simd reduction(+ : total)
@@ -497,17 +503,17 @@ struct Network {
           int32_t code_sum = 0;
 #pragma omp simd reduction(+ : code_sum)
           for (int j = 0; j < tokens; ++j) code_sum += u[j];
-          code_sums[r] = float(code_sum);
+          code_sums[r] = code_sum;
         }
         dot(count, MAX_STRIPS, probabilities, size_t(groups) * GROUP, values, groups, out, PANEL);
         for (int r = 0; r < count; ++r) {
           uint8_t* u = w.codes + size_t(row + r) * dim + head * PANEL;
-          const float of_row = value_zero * (attn_zero * tokens - code_sums[r]);
+          const int32_t of_row = value_zero * (attn_zero * tokens - code_sums[r]);
           const int32_t *sum = out + r * PANEL, *value_sum = value_sums;
           const float levels = b.proj_in.levels;
           write_codes(PANEL, u, [=](int d) {
-            const float product = float(sum[d]) - attn_zero * float(value_sum[d]) + of_row;
-            return quantize(product * out_scale, proj_scale[d], proj_shift[d], levels);
+            const int32_t product = sum[d] - attn_zero * value_sum[d] + of_row;
+            return quantize(float(product) * out_scale, proj_scale[d], proj_shift[d], levels);
           });
         }
       }
@@ -621,12 +627,12 @@ void* qvit_new(const int32_t* shape, const float* eps) {
 void qvit_free(void* net) { delete static_cast<Network*>(net); }
 
 void qvit_linear(void* handle, int block, int kind, int inputs, int outputs, int terms, const int8_t* weight,
-                 const float* scale, const float* bias) {
+                 const float* scale, const int32_t* offset, const float* bias) {
   auto* net = static_cast<Network*>(handle);
   Linear* of_network[] = {&net->patch, &net->head, &net->head_dist};
   Block* b = block < 0 ? nullptr : &net->blocks[block];
   Linear* of_block[] = {b ? &b->qkv : nullptr, b ? &b->proj : nullptr, b ? &b->fc1 : nullptr, b ? &b->fc2 : nullptr};
-  (b ? of_block[kind] : of_network[kind])->fill(inputs, outputs, terms, weight, scale, bias);
+  (b ? of_block[kind] : of_network[kind])->fill(inputs, outputs, terms, weight, scale, offset, bias);
 }
 
 void qvit_quantizer(void* handle, int block, int kind, int size, int levels, const float* scale, const float* shift) {

@@ -30,6 +30,7 @@ FLAGS = ['-std=c++17', '-O3', '-march=native', '-shared', '-fPIC', '-pthread', '
          '-fno-trapping-math', '-fno-signed-zeros', '-ffp-contract=fast']
 WIDE = ['-mprefer-vector-width=512']  # x86: compilers choose 256 bits by themselves
 HEAD_WIDTH = 64
+LARGEST_ZERO = 1024  # of q, v and attention, whose products the kernels sum in 32 bits
 LINEARS = ('qkv', 'proj', 'fc1', 'fc2')
 QUANTIZERS = ('attn_in', 'q', 'k', 'v', 'attn', 'proj_in', 'fc1_in', 'fc2_in')
 VECTORS = ('score_scale', 'q_zero', 'v_zero', 'attn_zero', 'out_scale')
@@ -82,7 +83,7 @@ def _library() -> ctypes.CDLL:
     integer, pointer = ctypes.c_int, ctypes.c_void_p
     for name, result, arguments in (
             ('instructions', ctypes.c_char_p, []), ('new', pointer, [pointer, pointer]), ('free', None, [pointer]),
-            ('linear', None, [pointer, *[integer] * 5, pointer, pointer, pointer]),
+            ('linear', None, [pointer, *[integer] * 5, *[pointer] * 4]),
             ('quantizer', None, [pointer, *[integer] * 4, pointer, pointer]),
             ('vector', None, [pointer, *[integer] * 3, pointer]),
             ('forward', integer, [pointer, pointer, integer, integer, pointer])):
@@ -108,6 +109,9 @@ class NativeViT:
         attention = network.blocks[0].attn if len(network.blocks) else None
         if attention is None or not attention.quantized or attention.head_dim != HEAD_WIDTH:
             raise NativeUnavailable(f'the kernels are for quantized attention with heads {HEAD_WIDTH} wide')
+        if max(float(zeros.abs().max()) for block in network.blocks
+               for zeros in (block.attn.q_zero, block.attn.v_zero, block.attn.attn_zero)) > LARGEST_ZERO:
+            raise NativeUnavailable(f'the kernels are for zero points of attention up to {LARGEST_ZERO}')
         self._library, self._handle = _library(), None
         self.threads, self.num_classes = threads or torch.get_num_threads(), network.num_classes
         (height, width), (patch_h, patch_w) = network.input_size, network.patch_size
@@ -148,9 +152,10 @@ class NativeViT:
 
     def _linear(self, block: int, kind: int, layer: IntLinear) -> None:
         terms, outputs, inputs = layer.weight.shape
-        weight, scale, bias = layer.weight.cpu().contiguous(), _floats(layer.scale), _floats(layer.bias)
+        weight, offset = layer.weight.cpu().contiguous(), layer.offset.cpu().contiguous()
+        scale, bias = _floats(layer.scale), _floats(layer.bias)
         self._library.qvit_linear(self._handle, block, kind, inputs, outputs, terms, weight.data_ptr(),
-                                  scale.data_ptr(), bias.data_ptr())
+                                  scale.data_ptr(), offset.data_ptr(), bias.data_ptr())
 
     def _quantizer(self, block: int, kind: int, quantizer: Quantizer, shape: tuple[int, ...] | None = None) -> None:
         scale, shift = (_floats(value if shape is None else value.expand(shape))
