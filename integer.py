@@ -17,6 +17,7 @@ network in fused kernels on a CPU.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import torch
@@ -101,16 +102,24 @@ def fold_weight(weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     return torch.stack(codes).to(torch.int8), torch.stack(scales)
 
 
+@functools.cache
+def _cpu_has_int8() -> bool:
+    """Whether torch._int_mm is exact here: on x86 without VNNI it may add pairs of products in 16 bits, which overflow."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.mT) == 64 * 127 ** 2).all())
+
+
 def int_product(codes: Tensor, weight: Tensor, levels: int, dtype: torch.dtype, offset: Tensor | None = None) -> Tensor:
     """sum_k codes_mk weight_nk - offset_n in integers: uint8 (M, K) up to `levels`, int8 (N, K), int32 (N,) -> (M, N).
 
     In int8 x int8 -> int32 where the device has it, else in float64, which holds every such sum exactly; then `dtype`.
     """
     offset = 0 if offset is None else offset
-    by_int8 = dtype != torch.float64
     if codes.is_cuda:  # what torch._int_mm asks of its shapes there
-        by_int8 = by_int8 and len(codes) > 16 and codes.shape[1] % 8 == 0 and len(weight) % 8 == 0
-    if not by_int8:
+        by_int8 = len(codes) > 16 and codes.shape[1] % 8 == 0 and len(weight) % 8 == 0
+    else:
+        by_int8 = _cpu_has_int8()
+    if dtype == torch.float64 or not by_int8:
         return (codes.double() @ weight.double().mT - offset).to(dtype)
     if levels <= 127:
         return (torch._int_mm(codes.view(torch.int8), weight.mT) - offset).to(dtype)
@@ -218,11 +227,13 @@ class IntAttention(nn.Module):
         if self.rectified:
             q, k = (F.layer_norm(x, (self.head_dim,), eps=self.norm_eps) for x in (q, k))
         # Integers, in a floating point type that holds their products exactly.
-        q, k, v = (quant(x).to(x.dtype) for quant, x in ((self.q_quant, q), (self.k_quant, k), (self.v_quant, v)))
+        dtype, largest = q.dtype, self.q_quant.levels ** 2 * max(self.head_dim, v.shape[-2])
+        exact = dtype if largest < 2 ** 24 else torch.float64
+        q, k, v = (quant(x).to(exact) for quant, x in ((self.q_quant, q), (self.k_quant, k), (self.v_quant, v)))
         scores = (q @ k.mT - self.q_zero * k.sum(-1).unsqueeze(-2)) * self.score_scale
-        attn = self.attn_quant(scores.softmax(-1)).to(q.dtype)
+        attn = self.attn_quant(scores.to(dtype).softmax(-1)).to(exact)
         product = attn @ v - self.attn_zero * v.sum(-2, keepdim=True) - self.v_zero * attn.sum(-1, keepdim=True)
-        return (product + v.shape[-2] * self.attn_zero * self.v_zero) * self.out_scale
+        return ((product + v.shape[-2] * self.attn_zero * self.v_zero) * self.out_scale).to(dtype)
 
 
 def _offsets(act: ActQ, heads: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 A packed file is a safetensors file. Weight codes of b bits lie in a stream of b bits each, low bits first (3-bit codes
 take 3 bits, not 4); steps, zero points, biases, LayerNorms, embeddings are float32. The header's `qvit_packed` entry, a
-JSON object, says what network it is, and of every coded weight its bits and shape; `sha256` is the checksum of it all.
+JSON object, says what network it is, and of every coded weight its bits and shape; its `sha256` is the checksum of all
+the rest. The same network always gives the same bytes.
 """
 from __future__ import annotations
 
@@ -125,8 +126,12 @@ def packed_layout(model: nn.Module) -> list[Stored]:
     return layout
 
 
-def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(about.encode())
+def _json(about: dict[str, Any]) -> str:
+    return json.dumps(about, separators=(',', ':'))
+
+
+def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(_json(about).encode())
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f'{name} {value.dtype} {list(value.shape)}'.encode())
@@ -160,10 +165,10 @@ def write_packed(model: nn.Module, about: dict[str, Any], path: str | Path) -> P
                          for name, layer in layers.items()},
              'activations': {name: {'bits': act.bits, 'signed': act.signed_codes}
                              for name, act in named_quantizers(model) if isinstance(act, ActQ)}}
-    text, path = json.dumps(about, separators=(',', ':')), Path(path)
+    checksum, path = _checksum(about, tensors), Path(path)
     beside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        safetensors.torch.save_file(tensors, beside, {ENTRY: text, CHECKSUM: _checksum(text, tensors)})
+        safetensors.torch.save_file(tensors, beside, {ENTRY: _json(about | {CHECKSUM: checksum})})
         os.replace(beside, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'{path} cannot be written ({" ".join(str(error).split())})') from error
@@ -199,12 +204,12 @@ def read_packed(path: str | Path) -> PackedFile:
         raise UserError(f'{path}: not a packed Q-ViT file: make one with deploy.py pack')
     try:
         about = json.loads(header[ENTRY])
-        version = about['format_version']
-    except (ValueError, KeyError, TypeError) as error:
+        version, checksum = about['format_version'], about.pop(CHECKSUM, None)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path}: altered, its description cannot be read') from error
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f'{path}: format version {version}, this code reads up to {FORMAT_VERSION}: update it')
-    if header.get(CHECKSUM) != _checksum(header[ENTRY], tensors):
+    if checksum != _checksum(about, tensors):
         raise UserError(f'{path}: altered, its checksum does not match: copy it or pack it again')
     _check_description(path, about, tensors)
     return PackedFile(about, tensors)

@@ -147,6 +147,12 @@ def test_unsupported_networks_and_images():
         native.NativeViT(network)(images[:, :, :16])
 
 
+def test_long_sequences_of_8_bit_codes():
+    """Sums of 8-bit codes over 290 tokens pass 2^24, where float32 stops counting one by one."""
+    network, images = make(size=(96, 192), patch_size=8, depth=1, act_bits=8)
+    assert_agree(network, images[:3])
+
+
 def test_damaged_values_do_not_crash():
     network, images = make(depth=1)
     images[0, 0, 0, 0], images[1] = float('nan'), float('inf')

@@ -1,0 +1,399 @@
+"""deploy.py on a small network of digits: pack, inspect, eval, predict, onnx, bench; and what is refused."""
+
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+
+import deploy
+import deploy_bench
+import main
+from _quan_base import calibrate
+from checkpoints import create_from_checkpoint, description, load_full_precision, read_checkpoint
+from datasets import Digits, build_transform
+from deploy_contenders import CONTENDERS
+from integer import IntegerViT
+from native import NativeUnavailable, NativeViT
+from packing import read_packed
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+NAME = 'fourbits_deit_tiny_patch16_224'
+KWARGS = {'depth': 2, 'patch_size': 8, 'embed_dim': 128, 'num_heads': 2}
+DATA = Path(__file__).parents[2] / 'shared' / 'data'
+DEIT, PHOTOGRAPHS = DATA / 'deit_tiny_patch16_224-fp16.pth', DATA / 'imagenet-mini'
+TRANSFORM = build_transform(False, Namespace(data_set='DIGITS', input_size=32))
+BATCH = ('--num_workers', 0, '--batch-size', 100)
+
+
+def run(*flags: object) -> int:
+    return deploy.main([str(flag) for flag in flags])
+
+
+def fitted(**kwargs) -> torch.nn.Module:
+    """A calibrated network with random blocks, whose heads are the ridge regression of the digits on its features."""
+    digits = Digits(True, TRANSFORM)
+    images = torch.stack([digits[index][0] for index in range(len(digits))])
+    targets = torch.nn.functional.one_hot(torch.tensor(digits.targets)).float()
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=10, img_size=32, **KWARGS, **kwargs)
+    calibrate(model, images[::8])
+    with torch.no_grad():
+        tokens = model.eval().forward_features(images)
+        for head, x in ((model.head, tokens[:, 0]), (model.head_dist, tokens[:, 1])):
+            head.weight.copy_(torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ (targets - 0.1)).T * 10)
+    calibrate(model, images[::8])
+    return model
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """checkpoint.pth, and checkpoint.qvit.safetensors of it."""
+    path = tmp_path_factory.mktemp('deploy')
+    torch.set_num_threads(1)
+    torch.save({'model': fitted().state_dict(), 'qvit': description(NAME, KWARGS, 10, 32, Digits.classes, 'DIGITS')},
+               path / 'checkpoint.pth')
+    assert run('pack', path / 'checkpoint.pth') == 0
+    return path
+
+
+@pytest.fixture(scope='module')
+def packed(folder) -> Path:
+    return folder / 'checkpoint.qvit.safetensors'
+
+
+# --- pack and inspect -------------------------------------------------------------------------------------------------
+
+
+def test_pack_says_the_sizes(folder, tmp_path, capsys):
+    output = tmp_path / 'own.safetensors'
+    assert run('pack', folder / 'checkpoint.pth', '--output', output, '--model', NAME) == 0
+    assert output.read_bytes() == (folder / 'checkpoint.qvit.safetensors').read_bytes()
+    size = output.stat().st_size
+    full = 4 * sum(value.numel() for value in read_checkpoint(folder / 'checkpoint.pth')['model'].values())
+    first, *parts = capsys.readouterr().out.splitlines()
+    assert first == (f'{output}: {size / 1e6:.2f} MB, {full / size:.2f} times smaller than the {full / 1e6:.2f} MB of '
+                     f'float32 in {folder / "checkpoint.pth"}')
+    sizes = {name.strip(): int(number.replace(',', '')) for name, number in
+             (re.match(r'  (.{22}) *([\d,]+) bytes', part).groups() for part in parts)}
+    assert sum(sizes.values()) == size
+    # By hand: width 128, 2 blocks of 12 width^2 4-bit codes; 3 x 8 x 8 pixels and 2 x 10 classes in 8 bits; float32
+    # embeddings of 16 patches and 2 tokens, and the tokens; norms over the width 5 times and 4 over heads 64 wide.
+    assert sizes['weight codes'] == 2 * 12 * 128 ** 2 // 2 + 128 * 192 + 2 * 10 * 128
+    assert sizes['embeddings'] == 4 * (18 + 2) * 128
+    assert sizes['norms'] == 4 * 2 * (5 * 128 + 4 * 64)
+    assert sizes['biases'] == 4 * (2 * (3 + 1 + 4 + 1) * 128 + 128 + 2 * 10)
+    # An output step each; inputs have a step and a zero point for a channel: those of the four layers, q, k, v and
+    # attention for a head, 3 colours, and the heads' 128.
+    assert sizes['steps and zero points'] == 4 * (2 * 9 * 128 + 128 + 20 + 2 * (2 * (7 * 128 + 4 * 2) + 3 + 2 * 128))
+
+
+def test_pack_of_a_released_file(tmp_path, capsys):
+    """Without a description: class count and image size are those of the tensors."""
+    model = timm.create_model(NAME, num_classes=7, img_size=48)
+    state = {name: torch.ones_like(value) if name.endswith('init_state') else value
+             for name, value in model.state_dict().items()}
+    path = tmp_path / 'released.pth'
+    torch.save({'model': state, 'args': Namespace(lr=1.)}, path)
+    assert run('pack', path) == 2
+    assert 'does not say which network it holds' in capsys.readouterr().err
+    assert run('pack', path, '--model', 'fourbit_deit_tiny_patch16_224') == 2
+    assert f'did you mean {NAME}' in capsys.readouterr().err
+    assert run('pack', path, '--model', NAME) == 0
+    about = read_packed(tmp_path / 'released.qvit.safetensors').about
+    assert (about['model'], about['num_classes'], about['input_size']) == (NAME, 7, 48)
+
+
+def test_inspect(packed, capsys):
+    assert run('inspect', packed, '--json') == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['bytes'] == packed.stat().st_size == sum(found['parts'].values())
+    assert sum(row['bytes'] for row in found['tensors']) == found['bytes'] - found['parts']['header']
+    assert sum(row['share'] for row in found['tensors']) == pytest.approx(1 - found['parts']['header'] / found['bytes'])
+    assert all(found['parts'][part] == sum(row['bytes'] for row in found['tensors'] if row['part'] == part)
+               for part in set(deploy.PARTS) - {'header'})
+    assert found['description']['classes'] == Digits.classes and found['description']['kwargs'] == KWARGS
+    model = read_packed(packed).network()
+    rows = {row['name']: row for row in found['tensors']}
+    fc1 = model.blocks[1].mlp.fc1
+    codes = fc1.to_int()
+    assert rows['blocks.1.mlp.fc1.weight'] == {
+        'name': 'blocks.1.mlp.fc1.weight', 'part': 'weight codes', 'bits': 4, 'shape': [512, 128], 'bytes': 32768,
+        'share': 32768 / found['bytes'], 'min': codes.min().item(), 'max': codes.max().item()}
+    assert rows['pos_embed']['max'] == model.pos_embed.max().item() and rows['pos_embed']['bits'] == 32
+    assert found['activations']['blocks.1.mlp.fc1.act'] == {'bits': 4, 'signed': fc1.act.signed_codes}
+
+    assert run('inspect', packed) == 0
+    said = capsys.readouterr().out
+    assert f'{NAME} with depth=2, patch_size=8, embed_dim=128, num_heads=2, 10 classes, 32 px, data set DIGITS' in said
+    assert re.search(r'blocks\.1\.mlp\.fc1\.weight +4 +512 x 128 +32,768 +11\.\d% +-\d to \d', said)
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def results(said: str) -> list[str]:
+    return re.findall(r'\* Acc@1 .*', said)
+
+
+def accuracies(said: str) -> list[float]:
+    return [float(line.split()[2]) for line in results(said)]
+
+
+def test_eval_is_that_of_main(folder, packed, capsys):
+    assert main.main(['--eval', '--resume', str(folder / 'checkpoint.pth'), *map(str, BATCH)]) == 0
+    expected, = results(capsys.readouterr().out)
+    accuracy, = accuracies(expected)
+    assert accuracy > 45
+    for file in (packed, folder / 'checkpoint.pth'):
+        assert run('eval', file, '--arithmetic', 'float', '--checkpoint', folder / 'checkpoint.pth', *BATCH) == 0
+        said = capsys.readouterr().out
+        assert results(said) == [expected, expected]
+        assert 'Both predict the same class for 355 of 355 images: 100.0%' in said
+        assert f'in float on the 355 test images: {accuracy:.1f}%' in said
+
+
+@pytest.mark.parametrize('arithmetic', ['int8', 'int8x2'])
+def test_eval_in_integers(arithmetic, folder, packed, capsys):
+    assert run('eval', packed, '--arithmetic', arithmetic, '--backend', 'torch', '--checkpoint',
+               folder / 'checkpoint.pth', *BATCH) == 0
+    said = capsys.readouterr().out
+    ours, theirs = accuracies(said)
+    assert theirs > 45 and abs(ours - theirs) < 5
+    same = int(re.search(r'the same class for (\d+) of 355', said)[1])
+    network, model = IntegerViT(read_packed(packed).network(), deploy.TERMS[arithmetic]), read_packed(packed).network()
+    digits = Digits(False, TRANSFORM)
+    labels = [torch.cat([net(torch.stack([digits[i][0] for i in range(start, min(start + 150, 355))])).argmax(1)
+                         for start in range(0, 355, 150)]) for net in (network, model)]
+    assert same == (labels[0] == labels[1]).sum()
+
+
+def test_eval_of_some_images(packed, capsys):
+    assert run('eval', packed, '--limit', 7, '--backend', 'torch', *BATCH) == 0
+    assert 'on the 7 test images' in capsys.readouterr().out
+    args = Namespace(file='f', data_set=None, data_path=None, limit=7, batch_size=4, num_workers=0, seed=0,
+                     device='cpu', pin_mem=False, dist_eval=False, eval_crop_ratio=0.875)
+    loader = deploy.build_data(args, read_packed(packed).about)
+    assert loader.dataset.indices == [0, 50, 101, 152, 202, 253, 304]  # floor(355 i / 7)
+
+
+def test_every_backend_predicts_alike(packed, capsys):
+    """auto says in a line why where there are no native kernels."""
+    for backend in ('auto', 'torch'):
+        assert run('eval', packed, '--backend', backend, *BATCH) == 0
+    first, second = accuracies(capsys.readouterr().out)
+    assert abs(first - second) < 1.5  # the order of additions flips a few codes
+
+
+# --- predict and onnx -------------------------------------------------------------------------------------------------
+
+
+def test_predict(packed, tmp_path, capsys):
+    digits = Digits(False, TRANSFORM)
+    paths = [tmp_path / f'{index}.png' for index in (0, 200)]
+    for path, index in zip(paths, (0, 200), strict=True):
+        Image.fromarray(digits.images[index]).save(path)
+    assert run('predict', *paths, '--packed', packed, '--top', 3, '--arithmetic', 'float') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and [lines[0], lines[4]] == list(map(str, paths))
+    with torch.no_grad():
+        logits = read_packed(packed).network()(torch.stack([digits[0][0], digits[200][0]]))
+    for row, said in zip(logits.softmax(1), (lines[1:4], lines[5:8]), strict=True):
+        best = row.argsort(descending=True)[:3].tolist()
+        assert [line.split() for line in said] == [[f'{100 * row[label]:.1f}', '%', str(label)] for label in best]
+
+
+def test_class_names():
+    info = ImageNetInfo()
+    named = deploy.class_names({'num_classes': 1000, 'classes': None})
+    assert named[0] == 'tench, Tinca tinca (n01440764)' and len(named) == 1000
+    assert named == deploy.class_names({'num_classes': 1000, 'classes': info.label_names()})
+    assert deploy.class_names({'num_classes': 2, 'classes': ['n01443537', 'mine']}) == [
+        'goldfish, Carassius auratus (n01443537)', 'mine']
+    assert deploy.class_names({'num_classes': 3, 'classes': None}) == ['class 0', 'class 1', 'class 2']
+
+
+def test_onnx(packed, tmp_path, capsys):
+    pytest.importorskip('onnx')
+    runtime = pytest.importorskip('onnxruntime')
+    path = tmp_path / 'network.onnx'
+    assert run('onnx', packed, '--output', path) == 0
+    assert f'{path}: {path.stat().st_size / 1e6:.2f} MB, {NAME}' in capsys.readouterr().out
+    images = torch.randn(3, 3, 32, 32)
+    session = runtime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    logits = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    assert logits.shape == (3, 10)
+    assert run('onnx', packed, '--output', tmp_path / 'four.onnx', '--weights', 'int4') == 0
+    assert (tmp_path / 'four.onnx').stat().st_size < path.stat().st_size
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+def test_bench(packed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnx_export', None)  # as where a package is missing
+    try:
+        name, note = 'native', NativeViT(IntegerViT(read_packed(packed).network())).instructions
+    except NativeUnavailable:
+        name, note = 'torch-int', ''
+    paths = tmp_path / 'table.md', tmp_path / 'results.json'
+    assert run('bench', packed, '--batch-sizes', 1, 3, '--runs', 6, '--threads', 1, '--contenders', name,
+               'ort-int8', '--markdown', paths[0], '--json', paths[1]) == 0
+    said, found = capsys.readouterr().out, json.loads(paths[1].read_text())
+    integer, onnx = found['rows']
+    assert [len(integer['ms'][count]) for count in ('1', '3')] == [6, 6] and min(integer['ms']['3']) > 0
+    assert integer['file_bytes'] == packed.stat().st_size and 'logits' not in integer
+    assert integer['note'].startswith(note) and 0 < integer['library_bytes'] <= integer['peak_bytes']
+    assert onnx['error'].startswith(('ModuleNotFoundError: ', 'ImportError: ')) and 'file_bytes' not in onnx
+    assert found['threads'] == 1 and 'torch' in found['versions']
+    table = paths[0].read_text()
+    assert table.strip() in said
+    assert table.count('\n| ') == 3 and re.search(r'ONNX Runtime int8 \(QDQ\): not measured, \w+Error: ', table)
+
+
+def test_bench_survives_a_contender_that_dies(packed, tmp_path, monkeypatch):
+    class Process:
+        def __init__(self, command, stdin, stdout, stderr, text, env):
+            assert {env[f'{name}_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')} == {'2'}
+            code = 'import sys; print(sys.argv[1], flush=True); input(); sys.exit("dies of this")'
+            self.process = real([sys.executable, '-c', code, '{"note": ""}'], stdin=stdin, stdout=stdout, stderr=stderr,
+                                text=text)
+
+        def __getattr__(self, name):
+            return getattr(self.process, name)
+
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, 'Popen', Process)
+    spec = {'batch_sizes': [1], 'threads': 2}
+    row, = deploy_bench.measure(spec, {'packed': packed}, ['torch-int'], 1, tmp_path)
+    assert row['error'] == 'its process ended with status 1: dies of this'
+
+
+def test_bench_table():
+    rows = [{'label': 'one', 'ms': {2: [10., 20., 40.]}, 'note': 'said', 'difference': 0.00123, 'library_bytes': 1e6,
+             'running_bytes': None, 'peak_bytes': 2.4e6, 'file_bytes': 3.14e6},
+            {'label': 'two', 'ms': {2: []}, 'error': 'no such thing'}]
+    assert deploy_bench.table(rows, [2]).splitlines() == [
+        '| | batch 2: images/s | batch 2: ms, median (p99) | memory (MB): libraries | running | peak | file (MB) |',
+        '|---|--:|--:|--:|--:|--:|--:|',
+        '| one | 100.0 | 20.0 (39.6) | 1 | - | 2 | 3.1 |',  # p99: 98 % of the way from the second to the third of 3
+        '| two | - | - | - | - | - | - |', '',
+        '- one: said; logits within 1.2e-03 of the largest', '- two: not measured, no such thing']
+
+
+def test_bench_measures_how_far_full_precision_is_off():
+    full = torch.nn.Flatten()  # its logits are the images
+    images = torch.tensor([[[1., -4.], [2., 0.]]])
+    rows = [{'contender': 'ort-dynamic', 'logits': [[1., -4.5, 2., 0.25]]}, {'contender': 'native', 'logits': [[9.]]},
+            {'contender': 'bf16', 'error': 'none'}]
+    deploy_bench.add_differences(rows, full, images.numpy())
+    assert rows == [{'contender': 'ort-dynamic', 'difference': 0.125}, {'contender': 'native'},
+                    {'contender': 'bf16', 'error': 'none'}]
+
+
+def test_random_networks_of_the_bench_have_uneven_steps():
+    x = torch.tensor([[1., -1.], [3., -5.]])
+    step, zero = deploy_bench.uneven_rule(x, -8, 7)
+    torch.testing.assert_close(step, torch.tensor([2 * 1 / 7 ** .5, 2 * 4 / 7 ** .5]))
+    torch.testing.assert_close(zero, 0.1 * (torch.tensor([-1., -5.]) + 8 * step))
+    assert {contender.file for contender in CONTENDERS.values()} == {
+        'packed', 'float32', 'onnx_float32', 'onnx_int8', 'onnx_dynamic'}
+
+
+# --- help and what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('command', ['', 'pack', 'inspect', 'eval', 'predict', 'onnx', 'bench'])
+def test_examples_of_the_help_are_right(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(*filter(None, [command]), '--help')
+    said = capsys.readouterr().out
+    examples = re.findall(r'^ +python deploy\.py ((?:\S+ ?)+)', said, re.MULTILINE)
+    assert left.value.code == 0 and len(examples) == 6 if command == '' else examples
+    for example in examples:
+        args = deploy.get_args_parser().parse_args(example.split())
+        assert command in ('', args.command)
+
+
+@pytest.mark.parametrize(('flags', 'line'), [
+    ('', 'required: COMMAND'),
+    ('unpack f', "invalid choice: 'unpack'"),
+    ('pack nowhere.pth', 'nowhere.pth: no such checkpoint file'),
+    ('pack text.pth', 'text.pth: truncated or damaged, or not a PyTorch checkpoint'),
+    ('pack packed.safetensors', 'packed.safetensors is packed already'),
+    ('pack checkpoint.pth --output file.pth', '--output file.pth: choose a name that ends in .safetensors'),
+    ('pack checkpoint.pth --output nowhere/file.safetensors', 'cannot be written'),
+    ('pack checkpoint.pth --model twobits_deit_tiny_patch16_224', f'model is {NAME} in checkpoint.pth: leave --model'),
+    ('pack teacher.pth', 'teacher.pth holds deit_tiny_patch16_224, which is not quantized'),
+    ('pack empty.pth --model ' + NAME, 'the checkpoint holds no vision transformer'),
+    ('inspect checkpoint.pth', 'checkpoint.pth: truncated or damaged, or not a safetensors file'),
+    ('inspect cut.safetensors', 'cut.safetensors: truncated or damaged'),
+    ('eval cut.safetensors', 'cut.safetensors: truncated or damaged'),
+    ('eval nowhere.safetensors', 'nowhere.safetensors: no such file'),
+    ('eval packed.safetensors --backend native --arithmetic float', '--backend native computes with integers'),
+    ('eval packed.safetensors --limit 0', '--limit 0: choose a value of at least 1'),
+    ('eval packed.safetensors --data-set IMNET', 'packed.safetensors is of IMNET: pass its --data-path'),
+    ('eval packed.safetensors --data-set IMNET --data-path nowhere', '--data-path nowhere is not a folder'),
+    ('eval packed.safetensors --data-set IMNET --data-path photographs', 'has 1 class folders, not 10'),
+    ('eval packed.safetensors --arithmetic int4', "invalid choice: 'int4'"),
+    ('predict text.pth --packed packed.safetensors', 'text.pth is not a readable image'),
+    ('predict text.pth --packed packed.safetensors --top 0', '--top 0: choose a value of at least 1'),
+    ('predict text.pth', 'required: --packed'),
+    ('onnx packed.safetensors', 'required: --output'),
+    ('bench packed.safetensors --runs 0', '--runs: choose values of at least 1'),
+    ('bench packed.safetensors --json nowhere/x.json', 'nowhere/x.json cannot be written: there is no folder nowhere'),
+    ('bench --model resnet50', '--model resnet50 is unknown'),
+    ('bench --contenders abacus', "invalid choice: 'abacus'"),
+])
+def test_refused_in_one_line(flags, line, folder, packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('checkpoint.pth').symlink_to(folder / 'checkpoint.pth')
+    Path('packed.safetensors').symlink_to(packed)
+    Path('cut.safetensors').write_bytes(packed.read_bytes()[:-1])
+    Path('text.pth').write_text('just text')
+    torch.save({'model': {'bias': torch.zeros(1)}}, 'empty.pth')
+    (tmp_path / 'photographs' / 'val' / 'a').mkdir(parents=True)
+    if 'teacher' in flags:
+        teacher = timm.create_model('deit_tiny_patch16_224', num_classes=10, img_size=32, **KWARGS)
+        torch.save({'model': teacher.state_dict(), 'qvit': description('deit_tiny_patch16_224', KWARGS, 10, 32)},
+                   'teacher.pth')
+    assert run(*flags.split()) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith('error: ') and said.err.count('\n') == 1
+    assert line in said.err
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (DEIT.is_file() and PHOTOGRAPHS.is_dir()), reason='DeiT-Tiny or its photographs are missing')
+def test_a_calibrated_deit_on_photographs(tmp_path, capsys):
+    """8 bits, so that the calibrated network is right without training."""
+    transform = build_transform(False, Namespace(data_set='IMNET', input_size=224))
+    files = sorted((PHOTOGRAPHS / 'val').glob('*/*'))
+    images = torch.stack([transform(Image.open(path).convert('RGB')) for path in files[::82]])
+    kwargs = {'weight_bits': 8, 'act_bits': 8}
+    model = timm.create_model(NAME, **kwargs)
+    load_full_precision(model, read_checkpoint(DEIT))
+    calibrate(model, images)
+    classes = sorted(path.name for path in (PHOTOGRAPHS / 'train').iterdir())
+    checkpoint = {'model': model.state_dict(), 'qvit': description(NAME, kwargs, 1000, 224, classes, 'IMNET')}
+    torch.save(checkpoint, tmp_path / 'checkpoint.pth')
+    assert run('pack', tmp_path / 'checkpoint.pth') == 0
+    packed = tmp_path / 'checkpoint.qvit.safetensors'
+    assert run('eval', packed, '--data-path', PHOTOGRAPHS, '--limit', 12, '--arithmetic', 'int8x2', '--backend',
+               'torch', '--checkpoint', tmp_path / 'checkpoint.pth', *BATCH) == 0
+    said = capsys.readouterr().out
+    assert min(accuracies(said)) >= 30 and int(re.search(r'the same class for (\d+) of 12', said)[1]) >= 10
+    tench = next(path for path in files if path.parent.name == 'n01440764')
+    assert run('predict', tench, '--packed', packed, '--top', 1, '--backend', 'torch') == 0
+    with torch.no_grad():
+        label = create_from_checkpoint(checkpoint).eval()(transform(Image.open(tench).convert('RGB'))[None]).argmax()
+    assert f'({classes[label]})' in capsys.readouterr().out
