@@ -38,7 +38,7 @@ from engine import evaluate
 from integer import IntegerViT
 from packing import PackedFile, is_packed, read_packed, unpack_codes, write_packed
 from quant_vision_transformer import QVisionTransformer
-from utils import UserError, closest, report
+from utils import Parser, UserError, closest, report
 
 SUFFIX = '.safetensors'
 TERMS = {'int8': 1, 'int8x2': 2}  # of a folded weight, by the name of the arithmetic
@@ -94,11 +94,16 @@ def load_quantized_network(path: str, model: str | None = None) -> tuple[dict[st
     return about, network
 
 
-def build_predictor(model: QVisionTransformer, arithmetic: str, backend: str) -> Callable[[Tensor], Tensor]:
-    """Images (B, 3, H, W) -> logits (B, classes), in the arithmetic and on the backend asked for."""
+def build_predictor(model: QVisionTransformer, args: Namespace) -> Callable[[Tensor], Tensor]:
+    """Images (B, 3, H, W) -> logits (B, classes), in the arithmetic, on the backend and the device of the flags."""
+    arithmetic, backend = args.arithmetic, args.backend
+    try:
+        model = model.to(args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f'--device {args.device} cannot be used ({" ".join(str(error).split())[:100]})') from error
+    if backend == 'native' and (arithmetic == 'float' or args.device != 'cpu'):
+        raise UserError('--backend native is for integers on the CPU: choose --arithmetic int8 or int8x2, no --device')
     if arithmetic == 'float':
-        if backend == 'native':
-            raise UserError('--backend native computes with integers: choose --arithmetic int8 or int8x2')
         return model
     network = IntegerViT(model, TERMS[arithmetic])
     if backend == 'torch':
@@ -225,25 +230,25 @@ def evaluate_labels(predict: Callable[[Tensor], Tensor], loader: Iterable, args:
         labels.append(logits.argmax(1))
         return logits
 
-    return evaluate(predict_and_note, loader, torch.device('cpu'), args, header=header), torch.cat(labels)
+    return evaluate(predict_and_note, loader, torch.device(args.device), args, header=header), torch.cat(labels)
 
 
 def run_eval(args: Namespace) -> None:
     for name in ('batch_size', 'limit', 'print_freq'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: choose a value of at least 1')
-    # One process on the CPU, in float32 where not in integers: what build.py and engine.py ask of main.py's flags.
-    vars(args).update(seed=0, pin_mem=False, device='cpu', dist_eval=False, world_size=1, rank=0, amp='none')
+    # One process, in float32 where not in integers: what build.py and engine.py ask of main.py's flags.
+    vars(args).update(seed=0, pin_mem=False, dist_eval=False, world_size=1, rank=0, amp='none')
     about, model = load_quantized_network(args.file)
     loader = build_data(args, about)
-    stats, labels = evaluate_labels(build_predictor(model, args.arithmetic, args.backend), loader, args, 'Test:')
+    stats, labels = evaluate_labels(build_predictor(model, args), loader, args, 'Test:')
     print(f'Accuracy of the network in {args.arithmetic} on the {stats["n"]} test images: {stats["acc1"]:.1f}%')
     if args.checkpoint is None:
         return
     theirs, checkpoint = load_quantized_network(args.checkpoint)
     if theirs['num_classes'] != about['num_classes'] or theirs['input_size'] != about['input_size']:
         raise UserError(f'--checkpoint {args.checkpoint} has other classes or another image size than {args.file}')
-    stats, reference = evaluate_labels(checkpoint, loader, args, 'Checkpoint:')
+    stats, reference = evaluate_labels(checkpoint.to(args.device), loader, args, 'Checkpoint:')
     print(f'Accuracy of the checkpoint, simulated in float32: {stats["acc1"]:.1f}%')
     same = int((labels == reference).sum())
     print(f'Both predict the same class for {same} of {len(labels)} images: {100 * same / len(labels):.1f}%')
@@ -268,14 +273,14 @@ def run_predict(args: Namespace) -> None:
     about, model = load_quantized_network(args.packed)
     transform = build_transform(False, Namespace(data_set=about.get('data_set') or 'IMNET',
                                                  input_size=about['input_size']))
-    names, predict = class_names(about), build_predictor(model, args.arithmetic, args.backend)
+    names, predict = class_names(about), build_predictor(model, args)
     for path in args.image:
         try:
             image = pil_loader(path)
         except Exception as error:  # decoders raise nearly anything on a damaged file
             raise UserError(f'{path} is not a readable image ({type(error).__name__})') from error
         with torch.no_grad():
-            shares = predict(transform(image)[None])[0].softmax(-1)
+            shares = predict(transform(image)[None].to(args.device))[0].softmax(-1).cpu()
         print(path)
         for share, label in zip(*shares.topk(min(args.top, len(names))), strict=True):
             print(f'  {100 * share:5.1f} %  {names[label]}')
@@ -300,13 +305,8 @@ def run_bench(args: Namespace) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f'{message} (--help lists the flags)')
-
-
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog='deploy.py', description=__doc__, allow_abbrev=False,
+    parser = Parser(prog='deploy.py', description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
@@ -324,6 +324,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         add('--backend', default='auto', choices=('auto', 'native', 'torch'),
             help='native: compiled kernels, torch: plain PyTorch, auto: the former where they can be compiled '
                  '(default: %(default)s)')
+        add('--device', default='cpu', help='cuda: plain PyTorch there (default: %(default)s)')
 
     add = command(run_pack, 'write a checkpoint as a packed file', '''\
 Weight codes take as many bits as they have; nothing that evaluation does not need is kept.
@@ -351,7 +352,7 @@ Images, crop and labels are those of main.py --eval.
     add('file', metavar='FILE', help='packed file, or a checkpoint')
     add('--checkpoint', metavar='FILE', help='also evaluate this one, and say how often the two agree')
     add_arithmetic(add)
-    add('--limit', type=int, metavar='N', help='take N images, evenly spread over the data set')
+    add('--limit', type=int, metavar='N', help='N images, evenly spread')
     add('--batch-size', default=64, type=int, help='as for main.py, which evaluates 1.5 times as many (default: 64)')
     add('--data-path', help='folder of the data set')
     add('--data-set', choices=DATASETS, help='that of the file unless given')

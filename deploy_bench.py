@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import deploy_contenders
 from _quan_base import calibrate
 from checkpoints import description
-from deploy_contenders import CONTENDERS, Spec, one_line, random_images
+from deploy_contenders import CONTENDERS, ON_CPU_ONLY, Spec, one_line, random_images
 from integer import IntegerViT
 from packing import write_packed
 from quant_vision_transformer import BITS, SIZES, QuantConfig, QVisionTransformer
@@ -180,15 +180,16 @@ def measure(spec: Spec, files: dict[str, Path | _Failed], wanted: Sequence[str],
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def hardware() -> str:
-    """The processor, its cores, and those of its instructions that decide about 8-bit and bf16 speed."""
+def hardware(device: str) -> str:
+    """The processor, its cores, and those of its instructions that decide about 8-bit and bf16 speed; the GPU in use."""
     text = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     entries = dict(map(str.strip, line.split(':', 1)) for line in text.splitlines() if ':' in line)
     known = entries.get('flags', entries.get('Features', '')).split()
     telling = [flag for flag in ('avx2', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_int8', 'asimddp')
                if flag in known]
     model = entries.get('model name', platform.machine())
-    return f'{model}, {os.cpu_count()} cores' + (f' ({", ".join(telling)})' if telling else '')
+    return f'{model}, {os.cpu_count()} cores' + (f' ({", ".join(telling)})' if telling else '') + (
+        f', {torch.cuda.get_device_name()}' if device == 'cuda' else '')
 
 
 def versions() -> str:
@@ -234,6 +235,7 @@ def add_arguments(add: Callable[..., argparse.Action]) -> None:
     add('--batch-sizes', nargs='+', type=int, default=[1, 8, 32], metavar='N', help='(default: 1 8 32)')
     add('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of every contender '
                                                                                   '(here: %(default)s)')
+    add('--device', default='cpu', choices=('cpu', 'cuda'), help='cuda: those that run there (default: %(default)s)')
     add('--runs', type=int, default=20, metavar='R', help='timed forwards of each contender and batch size '
                                                           '(default: %(default)s)')
     add('--contenders', nargs='+', choices=CONTENDERS, default=list(CONTENDERS), metavar='NAME',
@@ -274,6 +276,8 @@ def run(args: Namespace, about: dict[str, Any] | None, model: QVisionTransformer
     """Measures, and prints and writes the table; of a random network where `model` is None."""
     if min(args.threads, args.runs, *args.batch_sizes) < 1:
         raise UserError('--batch-sizes, --threads and --runs: choose values of at least 1')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: PyTorch finds no GPU here')
     for path in (args.markdown, args.json):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f'{path} cannot be written: there is no folder {path.parent}')
@@ -284,17 +288,18 @@ def run(args: Namespace, about: dict[str, Any] | None, model: QVisionTransformer
     own = {field.name for field in fields(QuantConfig)}
     terms = 2 if args.arithmetic == 'int8x2' else 1
     full_model = f'deit_{about["model"].split("_")[2]}_distilled_patch16_224'
-    spec = {'terms': terms, 'threads': args.threads, 'batch_sizes': args.batch_sizes, 'input_size': about['input_size'],
-            'num_classes': about['num_classes'], 'full_model': full_model,
+    spec = {'terms': terms, 'threads': args.threads, 'device': args.device, 'batch_sizes': args.batch_sizes,
+            'input_size': about['input_size'], 'num_classes': about['num_classes'], 'full_model': full_model,
             'full_kwargs': {key: value for key, value in about['kwargs'].items() if key not in own}}
     full = timm.create_model(full_model, img_size=spec['input_size'], num_classes=spec['num_classes'],
                              **spec['full_kwargs']).eval()
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(model, about, full, terms, Path(folder))
-        rows = measure(spec, files, args.contenders, args.runs, Path(folder))
+        wanted = [name for name in args.contenders if args.device == 'cpu' or name not in ON_CPU_ONLY]
+        rows = measure(spec, files, wanted, args.runs, Path(folder))
     add_differences(rows, full, random_images(1, spec))
     results = {'network': f'{about["model"]}, {what}, {args.arithmetic}',
-               'full precision': f'{full_model}, random weights', 'hardware': hardware(), 'threads': args.threads,
+               'full precision': f'{full_model}, random weights', 'hardware': hardware(args.device), 'threads': args.threads,
                'versions': versions(), 'runs': f'{args.runs} forwards of each batch size in turns of {TURN}'}
     text = '\n'.join([*(f'- {key}: {value}' for key, value in results.items()), '', table(rows, args.batch_sizes)])
     print(f'\n{text}')

@@ -22,26 +22,44 @@ import numpy as np
 __all__ = ['CONTENDERS', 'Contender', 'Forward', 'Spec', 'one_line', 'random_images']
 
 Forward = Callable[[np.ndarray], Any]  # float32 images (B, C, H, W) -> logits (B, classes), array or tensor
-Spec = dict[str, Any]  # contender, file, terms, threads, batch_sizes, input_size, num_classes, full_model, full_kwargs
+# Of a spec: contender, file, terms, threads, device, batch_sizes, input_size, num_classes, full_model, full_kwargs.
+Spec = dict[str, Any]
 WARM_UP = 3            # forwards before any measurement, of each batch size
 
 
 # --- the contenders, each built in a process of its own ---------------------------------------------------------------
 
 
-def _integer(spec: Spec, native: bool) -> tuple[Forward, str]:
+def _on_device(spec: Spec) -> Callable[[np.ndarray], Any]:
+    """Images -> the tensor of them on the device, where they stay: moving them there is not measured."""
+    import torch
+
+    tensors = {}
+
+    def tensor(images: np.ndarray) -> Any:
+        if id(images) not in tensors:
+            tensors[id(images)] = images, torch.from_numpy(images).to(spec['device'])
+        return tensors[id(images)][1]
+
+    return tensor
+
+
+def _quantized(spec: Spec, kind: str) -> tuple[Forward, str]:
     import torch
 
     from integer import IntegerViT
     from native import NativeViT
     from packing import read_packed
 
-    forward = IntegerViT(read_packed(spec['file']).network(), spec['terms'])
-    note = ''
-    if native:
-        forward = NativeViT(forward, spec['threads'])
-        note = forward.instructions
-    return lambda images: forward(torch.from_numpy(images)), note
+    network, images_of, note = read_packed(spec['file']).network().to(spec['device']), _on_device(spec), ''
+    if kind != 'simulated':
+        network = IntegerViT(network, spec['terms'])
+    if kind == 'native':
+        network = NativeViT(network, spec['threads'])
+        note = network.instructions
+    if kind == 'compiled':
+        network = torch.compile(network, dynamic=False)
+    return torch.inference_mode()(lambda images: network(images_of(images))), note
 
 
 def _full_precision(spec: Spec) -> Any:
@@ -51,23 +69,23 @@ def _full_precision(spec: Spec) -> Any:
     model = timm.create_model(spec['full_model'], img_size=spec['input_size'], num_classes=spec['num_classes'],
                               **spec['full_kwargs'])
     model.load_state_dict(safetensors.torch.load_file(spec['file']))
-    return model.eval()
+    return model.eval().to(spec['device'])
 
 
 def _torch(spec: Spec, half: bool, compiled: bool) -> tuple[Forward, str]:
     import torch
 
-    model = _full_precision(spec)
+    model, images_of = _full_precision(spec), _on_device(spec)
 
     def in_float32(images: np.ndarray) -> Any:
-        return model(torch.from_numpy(images))
+        return model(images_of(images))
 
     def in_autocast(images: np.ndarray) -> Any:
-        with torch.autocast('cpu', torch.bfloat16):
-            return model(torch.from_numpy(images))
+        with torch.autocast(spec['device'], torch.bfloat16):
+            return model(images_of(images))
 
     def in_bf16(images: np.ndarray) -> Any:
-        return model(torch.from_numpy(images).bfloat16())
+        return model(images_of(images).bfloat16())
 
     forward, note = in_float32, ''
     if half:
@@ -109,12 +127,18 @@ class Contender(NamedTuple):
     build: Callable[[Spec], tuple[Forward, str]]
 
 
-INTEGER = ('torch', 'native', 'packing', 'quant_vision_transformer')  # the last registers the network
+QUANTIZED = ('torch', 'native', 'packing', 'quant_vision_transformer')  # the last registers the network
 TORCH = ('torch', 'timm', 'safetensors.torch')
 CONTENDERS = {
-    'native': Contender('this network, integers, native kernels', 'packed', INTEGER, partial(_integer, native=True)),
-    'torch-int': Contender('this network, integers, plain torch', 'packed', INTEGER, partial(_integer, native=False)),
+    'native': Contender('this network, integers, native kernels', 'packed', QUANTIZED,
+                        partial(_quantized, kind='native')),
+    'torch-int': Contender('this network, integers, plain torch', 'packed', QUANTIZED,
+                           partial(_quantized, kind='integers')),
+    'torch-int-compiled': Contender('this network, integers, torch compiled', 'packed', QUANTIZED,
+                                    partial(_quantized, kind='compiled')),
     'ort-int8': Contender('this network, ONNX Runtime int8 (QDQ)', 'onnx_int8', ('onnxruntime',), _onnx),
+    'simulated': Contender('this network, simulated in float32', 'packed', QUANTIZED,
+                           partial(_quantized, kind='simulated')),
     'float32': Contender('full precision, torch float32', 'float32', TORCH,
                          partial(_torch, half=False, compiled=False)),
     'float32-compiled': Contender('full precision, torch float32, compiled', 'float32', TORCH,
@@ -125,6 +149,7 @@ CONTENDERS = {
     'ort-float32': Contender('full precision, ONNX Runtime float32', 'onnx_float32', ('onnxruntime',), _onnx),
     'ort-dynamic': Contender('full precision, ONNX Runtime dynamic int8', 'onnx_dynamic', ('onnxruntime',), _onnx),
 }
+ON_CPU_ONLY = ('native', 'ort-int8', 'ort-float32', 'ort-dynamic')
 
 
 # --- a contender's process --------------------------------------------------------------------------------------------
@@ -135,9 +160,18 @@ def random_images(count: int, spec: Spec) -> np.ndarray:
 
 
 def _timed(forward: Forward, images: np.ndarray) -> float:
+    """Seconds until the logits are computed; a GPU is waited for before and after."""
+    _synchronize()
     start = time.perf_counter()
     forward(images)
+    _synchronize()
     return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def peak_resident() -> int:
@@ -183,7 +217,7 @@ def _worker(spec: Spec) -> None:
         answer(error=one_line(error))
         return
     before, can_reset = peak_resident(), _reset_peak()
-    logits = (logits if isinstance(logits, np.ndarray) else logits.float().numpy())[:1]
+    logits = (logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy())[:1]
     answer(note=note, logits=logits.tolist(), library_bytes=libraries)
     for line in sys.stdin:
         count, runs = json.loads(line)

@@ -104,7 +104,7 @@ def fold_weight(weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _cpu_has_int8() -> bool:
-    """Whether torch._int_mm is exact here: on x86 without VNNI it may add pairs of products in 16 bits, which overflow."""
+    """Whether torch._int_mm is exact here: without VNNI, x86 may add pairs of products in 16 bits, which overflow."""
     largest = torch.full((32, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(largest, largest.mT) == 64 * 127 ** 2).all())
 

@@ -32,6 +32,13 @@ class DivergedError(RuntimeError):
     """Training met a loss that is not finite: one line. Entry points exit with status 1."""
 
 
+class Parser(ArgumentParser):
+    """A parser whose complaints are the user's mistakes: one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f'{message} (--help lists the flags)')
+
+
 def closest(name: str, known: Collection[str]) -> str:
     """What to say after `name` turned out not to be among `known`."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -26,7 +26,7 @@ from _quan_base import is_calibrated
 from checkpoints import load_quantized, read_checkpoint
 from datasets import DATASETS, ImageList, build_dataset, build_transform
 from main import check_args, parse_args, resolve
-from utils import UserError
+from utils import Parser, UserError
 
 COMMANDS = {  # name: (summary, example, images of a data set unless said otherwise)
     'qk': ('histograms and entropies of queries and keys: before and after IRM, as codes, beside the teacher\'s',
@@ -44,13 +44,8 @@ COMMANDS = {  # name: (summary, example, images of a data set unless said otherw
 }
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f'{message} (--help lists the flags)')
-
-
 def get_args_parser() -> ArgumentParser:
-    parser = _Parser(description='Pictures of what quantization does to a network.', allow_abbrev=False,
+    parser = Parser(description='Pictures of what quantization does to a network.', allow_abbrev=False,
                      formatter_class=RawDescriptionHelpFormatter,
                      epilog='examples:\n' + '\n'.join(f'  {example}' for _, example, _ in COMMANDS.values()))
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
