@@ -181,7 +181,7 @@ def measure(spec: Spec, files: dict[str, Path | _Failed], wanted: Sequence[str],
 
 
 def hardware(device: str) -> str:
-    """The processor, its cores, and those of its instructions that decide about 8-bit and bf16 speed; the GPU in use."""
+    """The processor, its cores and those of its instructions that decide about 8-bit and bf16 speed; the GPU in use."""
     text = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     entries = dict(map(str.strip, line.split(':', 1)) for line in text.splitlines() if ':' in line)
     known = entries.get('flags', entries.get('Features', '')).split()
@@ -299,8 +299,9 @@ def run(args: Namespace, about: dict[str, Any] | None, model: QVisionTransformer
         rows = measure(spec, files, wanted, args.runs, Path(folder))
     add_differences(rows, full, random_images(1, spec))
     results = {'network': f'{about["model"]}, {what}, {args.arithmetic}',
-               'full precision': f'{full_model}, random weights', 'hardware': hardware(args.device), 'threads': args.threads,
-               'versions': versions(), 'runs': f'{args.runs} forwards of each batch size in turns of {TURN}'}
+               'full precision': f'{full_model}, random weights', 'hardware': hardware(args.device),
+               'threads': args.threads, 'versions': versions(),
+               'runs': f'{args.runs} forwards of each batch size in turns of {TURN}'}
     text = '\n'.join([*(f'- {key}: {value}' for key, value in results.items()), '', table(rows, args.batch_sizes)])
     print(f'\n{text}')
     if args.markdown:
