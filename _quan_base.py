@@ -73,23 +73,26 @@ class _Calibrated(nn.Module):
         return self._rule or first_batch_rule
 
     @torch.no_grad()
-    def _initialize(self, channels: Tensor, qn: int, qp: int, rule: Rule) -> Tensor:
-        """Sets alpha (and returns the zero point) by `rule`, alike on all ranks. channels: (channels, values)."""
-        step, zero = (_mean_over_ranks(value.to(self.alpha.dtype).expand(self.alpha.shape))
-                      for value in rule(channels, qn, qp))
-        if not (torch.isfinite(step).all() and torch.isfinite(zero).all()):
+    def _take_steps(self, step: Tensor, *zero_point: Tensor) -> None:
+        """Sets alpha; checks a zero point, which is left to the caller to set."""
+        if not all(torch.isfinite(value).all() for value in (step, *zero_point)):
             raise ValueError(f'calibration met NaN or infinite values in {type(self).__name__}({self.extra_repr()}): '
                              f'check the images and the weights')
-        self.alpha.copy_(step.clamp_min(min_step(step.dtype)))
+        self.alpha.copy_(step.to(self.alpha.dtype).clamp_min(min_step(self.alpha.dtype)))
         self.init_state.fill_(1)
         self.calibrated, self._rule = True, None
-        return zero
+
+    def _by_rule(self, channels: Tensor, qn: int, qp: int, rule: Rule) -> list[Tensor]:
+        """Step and zero point by `rule`, alike on all ranks. channels: (channels, values)."""
+        return [_mean_over_ranks(value.to(self.alpha.dtype).expand(self.alpha.shape))
+                for value in rule(channels, qn, qp)]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_host_state()
+        self.read_host_state()
 
-    def _read_host_state(self) -> None:
+    def read_host_state(self) -> None:
+        """Takes the Python values from the buffers, after something wrote into these."""
         if not self.init_state.is_meta:
             self.calibrated = bool(self.init_state.item())
 
@@ -138,11 +141,20 @@ class ActQ(_Calibrated):
         if self.granularity == 'tensor':
             channels = channels.reshape(1, -1)
         below = _mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype))
-        self.signed_codes = bool(below > 0)
-        self.signed.fill_(self.signed_codes)
-        zero = self._initialize(channels.to(self.alpha.dtype), *self.code_range, rule)
-        with torch.no_grad():
-            self.zero_point.copy_(zero)
+        signed = bool(below > 0)
+        self.set_steps(*self._by_rule(channels.to(self.alpha.dtype), *code_range(self.bits, signed), rule), signed)
+
+    @torch.no_grad()
+    def set_steps(self, step: Tensor, zero_point: Tensor, signed: bool) -> None:
+        """Calibrates by given values, broadcastable to the channels.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        self._take_steps(step, zero_point)
+        self.zero_point.copy_(zero_point)
+        self.signed_codes = signed
+        self.signed.fill_(signed)
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.lsq(x))
@@ -152,8 +164,8 @@ class ActQ(_Calibrated):
         """The integer codes of x, int32, in [qn, qp]; (code - round(zero_point)) * alpha is `forward`'s value."""
         return codes(x, self.lsq(x))
 
-    def _read_host_state(self) -> None:
-        super()._read_host_state()
+    def read_host_state(self) -> None:
+        super().read_host_state()
         if not self.signed.is_meta:
             self.signed_codes = bool(self.signed.item())
 
@@ -190,8 +202,17 @@ class _WeightQuantized(_Calibrated):
         """The state to quantize the weight with; initialises it first where that is due."""
         rule = self._check_calibrated()
         if rule is not None:
-            self._initialize(self.weight.detach().flatten(1), *self.code_range, rule)
+            self.set_steps(self._by_rule(self.weight.detach().flatten(1), *self.code_range, rule)[0])
         return LSQ(self.alpha.view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
+
+    @torch.no_grad()
+    def set_steps(self, step: Tensor) -> None:
+        """Calibrates the weight by given steps, broadcastable to the output channels.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        self._take_steps(step)
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:

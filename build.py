@@ -1,6 +1,7 @@
 """The parts of a run, built from its flags: networks, teacher, criterion, data loaders."""
 
 import inspect
+import itertools
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from _quan_base import is_calibrated
+from _quan_base import calibrate, is_calibrated
+from calibration import calibrate_to_full_precision
 from checkpoints import create_from_checkpoint, load_full_precision, read_checkpoint
-from datasets import SeededSamples, build_dataset
+from datasets import SeededSamples, build_dataset, build_transform
 from losses import DistillationLoss, Teacher, check_dgd_compatible
 from quant_vision_transformer import QVisionTransformer
 from samplers import ExactEvalSampler, ResumableSampler, build_train_sampler
@@ -51,13 +53,40 @@ def build_student(args: Namespace, num_classes: int) -> nn.Module:
     return student
 
 
+CALIBRATIONS = ('published', 'mse')
+
+
+def calibrate_student(args: Namespace, student: nn.Module, dataset: SeededSamples,
+                      sampler: ResumableSampler | None = None) -> None:
+    """Gives the quantizers their steps in the way that --calibration names, alike on all ranks.
+
+    Args:
+        student: on its device, with the weights to start from.
+        dataset: the training part.
+        sampler: that of this rank's batches, the first of which the published calibration takes; without it, and for
+            the others, the images are drawn from the seed and transformed as in evaluation.
+    """
+    name = args.calibration or ('mse' if args.finetune else 'published')
+    if name == 'published' and sampler is not None:
+        images = [dataset[index][0] for index in itertools.islice(sampler, args.batch_size)]
+    else:
+        augmented, dataset.base.transform = dataset.base.transform, build_transform(False, args)
+        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+        images = [dataset[index][0] for index in drawn[:args.calibration_images].tolist()]
+        dataset.base.transform = augmented
+    images = torch.stack(images).to(next(student.parameters()).device)
+    if args.calibration is None:
+        print(f'--calibration {name}: {len(images)} images')
+    (calibrate if name == 'published' else calibrate_to_full_precision)(student, images)
+
+
 def build_teacher(args: Namespace, num_classes: int) -> nn.Module | None:
     """The network that `--teacher-model` and `--teacher-path` name; None if nothing is learned from one.
 
     Raises:
         UserError: its weights cannot be had, or it is for other images or classes.
     """
-    if args.distillation_type == 'none' and not args.dgd_weight:
+    if args.distillation_type == 'none' and not args.dgd_weight and not args.token_weight:
         return None
     teacher = _teacher_from_file(args, num_classes) if args.teacher_path else _pretrained_teacher(args, num_classes)
     if not is_calibrated(teacher):
@@ -130,9 +159,14 @@ def build_criterion(args: Namespace, student: nn.Module, teacher: nn.Module | No
         base = SoftTargetCrossEntropy()
     else:
         base = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    if args.token_weight:
+        blocks = [[getattr(net, 'embed_dim', None)] * len(getattr(net, 'blocks', [])) for net in (student, teacher)]
+        if not blocks[0] or blocks[0] != blocks[1]:
+            raise UserError(f'--token-weight {args.token_weight}: the teacher differs from the student in depth or '
+                            'width, pass 0 or choose another teacher')
     wrapped = None if teacher is None else Teacher(teacher, return_qk=weight > 0)
     return DistillationLoss(base, wrapped, args.distillation_type, args.distillation_alpha, args.distillation_tau,
-                            weight, getattr(student, 'num_prefix_tokens', 1))
+                            weight, getattr(student, 'num_prefix_tokens', 1), args.token_weight, student)
 
 
 def wrap(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
@@ -177,9 +211,9 @@ def _rank_0_first(args: Namespace) -> Iterator[None]:
 
 
 def build_datasets(args: Namespace) -> tuple[Dataset | None, Dataset, int]:
-    """Training part (None with --eval), evaluation part, number of classes."""
+    """Training part (None where a checkpoint is only evaluated), evaluation part, number of classes."""
     with _rank_0_first(args):
-        if args.eval:
+        if args.eval and args.resume:
             return None, *build_dataset(False, args)
         train, num_classes = build_dataset(True, args)
         args.nb_classes = num_classes

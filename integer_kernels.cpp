@@ -14,6 +14,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -45,7 +46,9 @@ template <class T> class Buffer {  // zeros, aligned to a cache line
     if (!data_) throw std::bad_alloc();
     std::memset(data_, 0, bytes);
   }
-  Buffer(const T* from, size_t size) : Buffer(size) { std::memcpy(data_, from, size * sizeof(T)); }
+  Buffer(const T* from, size_t size, int multiple = 1) : Buffer((size + multiple - 1) / multiple * multiple) {
+    std::memcpy(data_, from, size * sizeof(T));
+  }
   Buffer(Buffer&& other) noexcept { *this = std::move(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
@@ -358,6 +361,12 @@ struct Workspace {  // of one image
                                              // next block's is written
 };
 
+struct Scratch {  // of one thread
+  Buffer<int32_t> sums;                      // (rows of a tile, tokens in whole strips)
+  Buffer<float> scores;                      // (tokens)
+  Buffer<uint8_t> probabilities, ones;       // (rows of a tile, tokens in whole groups), (tokens in whole groups)
+};
+
 struct Network {
   Shape shape;
   Epsilon eps;
@@ -371,7 +380,7 @@ struct Network {
   int value_groups() const { return round_up(shape.tokens, GROUP) / GROUP; }
   size_t key_bytes() const { return key_strips() * strip_bytes(PANEL / GROUP); }
   size_t value_bytes() const { return MAX_STRIPS * strip_bytes(value_groups()); }
-  int widest() const { return std::max(shape.hidden, patch.groups * GROUP); }
+  int widest() const { return std::max(round_up(shape.hidden, PANEL), patch.groups * GROUP); }  // whole panels
 
   Workspace workspace() const {
     const auto& [tokens, _p, dim, _d, heads, hidden, _c, _ch, _h, _w, _ph, _pw, _r] = shape;
@@ -386,6 +395,17 @@ struct Network {
       w.values[i] = Buffer<int8_t>(heads * value_bytes());
     }
     return w;
+  }
+
+  Scratch scratch() const {
+    const size_t groups = size_t(value_groups()) * GROUP, strips = size_t(key_strips()) * STRIP;
+    Scratch s;
+    s.sums = Buffer<int32_t>(ROWS * strips);
+    s.scores = Buffer<float>(strips);
+    s.probabilities = Buffer<uint8_t>(ROWS * groups);
+    s.ones = Buffer<uint8_t>(groups);
+    std::fill(s.ones + 0, s.ones + shape.tokens, uint8_t(1));
+    return s;
   }
 
   void embed(Workspace& w, const float* image, int begin, int end) const {
@@ -457,13 +477,12 @@ struct Network {
     });
   }
 
-  void attend(const Block& b, Workspace& w, int which, int begin, int end) const {
+  void attend(const Block& b, Workspace& w, Scratch& s, int which, int begin, int end) const {
     const int dim = shape.dim, tokens = shape.tokens, strips = key_strips(), groups = value_groups();
     const int chunks = round_up(strips, MAX_STRIPS) / MAX_STRIPS;
-    Buffer<int32_t> sums(size_t(ROWS) * strips * STRIP);
-    Buffer<float> scores(size_t(strips) * STRIP);
-    Buffer<uint8_t> probabilities(size_t(ROWS) * groups * GROUP), ones(size_t(groups) * GROUP);
-    std::fill(ones + 0, ones + tokens, uint8_t(1));
+    int32_t* sums = s.sums;
+    float* scores = s.scores;
+    uint8_t *probabilities = s.probabilities, *ones = s.ones;
     alignas(64) int32_t out[ROWS * PANEL], value_sums[PANEL];
     for (int head = 0; head < shape.heads; ++head) {
       const int8_t *keys = w.keys[which] + head * key_bytes(), *values = w.values[which] + head * value_bytes();
@@ -559,14 +578,14 @@ struct Network {
   }
 
   // One thread's part of an image: `member` of a team that shares `w` and `barrier`.
-  void image(Workspace& w, Barrier& barrier, int member, int team, const float* pixels, float* logits) const {
+  void image(Workspace& w, Scratch& s, Barrier& barrier, int member, int team, const float* pixels, float* logits) const {
     const int begin = std::min(shape.tokens, tiles() * member / team * ROWS);
     const int end = std::min(shape.tokens, tiles() * (member + 1) / team * ROWS);
     embed(w, pixels, begin, end);
     for (size_t i = 0; i < blocks.size(); ++i) {
       queries_keys_values(blocks[i], w, i % 2, begin, end);
       barrier.wait();
-      attend(blocks[i], w, i % 2, begin, end);
+      attend(blocks[i], w, s, i % 2, begin, end);
       add(blocks[i].proj, w.codes, shape.dim, w, begin, end);
       mlp(blocks[i], w, begin, end);
     }
@@ -579,26 +598,54 @@ struct Network {
     const int team = std::max(1, std::min(threads / teams, tiles()));  // everyone has rows, the first those of the heads
     const size_t pixels = size_t(shape.channels) * shape.height * shape.width;
     std::vector<Workspace> spaces;
+    std::vector<Scratch> scratches;
     std::vector<std::unique_ptr<Barrier>> barriers;
     for (int t = 0; t < teams; ++t) {
       spaces.push_back(workspace());
       barriers.push_back(std::make_unique<Barrier>(team));
     }
+    for (int thread = 0; thread < teams * team; ++thread) scratches.push_back(scratch());
+    enum { WAIT, GO, LEAVE };
+    std::atomic<int> signal{WAIT};  // nobody may reach a barrier before all of the team exist
     const auto work = [&](int thread) {
+      while (signal.load(std::memory_order_acquire) == WAIT) std::this_thread::yield();
+      if (signal.load(std::memory_order_acquire) == LEAVE) return;
       const int t = thread % teams;
       for (int i = t; i < batch; i += teams)
-        image(spaces[t], *barriers[t], thread / teams, team, images + i * pixels, logits + size_t(i) * shape.classes);
+        image(spaces[t], scratches[thread], *barriers[t], thread / teams, team, images + i * pixels,
+              logits + size_t(i) * shape.classes);
     };
     std::vector<std::thread> others;
-    for (int thread = 1; thread < teams * team; ++thread) others.emplace_back(work, thread);
-    work(0);
+    others.reserve(teams * team);
+    bool complete = true;
+    try {
+      for (int thread = 1; thread < teams * team; ++thread) others.emplace_back(work, thread);
+    } catch (const std::system_error&) {  // the system has no more threads for us
+      complete = false;
+    }
+    signal.store(complete ? GO : LEAVE, std::memory_order_release);
+    if (complete) work(0);
     for (std::thread& other : others) other.join();
+    if (!complete) forward(images, batch, 1, logits);
   }
 };
 
 }  // namespace
 
 // --- for native.py: kinds are those of its tables LINEARS, QUANTIZERS and VECTORS ------------------------------------
+
+namespace {
+
+template <class Body> int status_of(const Body& body) {  // no exception may leave C functions
+  try {
+    body();
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -615,59 +662,68 @@ const char* qvit_instructions() {
 }
 
 void* qvit_new(const int32_t* shape, const float* eps) {
-  auto* net = new (std::nothrow) Network;
-  if (!net) return nullptr;
-  static_assert(sizeof(Shape) == 13 * sizeof(int32_t), "as native.py fills it");
-  std::memcpy(&net->shape, shape, sizeof(Shape));
-  std::memcpy(&net->eps, eps, sizeof(Epsilon));
-  net->blocks.resize(net->shape.depth);
-  return net;
+  Network* net = nullptr;
+  const int failed = status_of([&] {
+    auto made = std::make_unique<Network>();
+    static_assert(sizeof(Shape) == 13 * sizeof(int32_t), "as native.py fills it");
+    std::memcpy(&made->shape, shape, sizeof(Shape));
+    std::memcpy(&made->eps, eps, sizeof(Epsilon));
+    made->blocks.resize(made->shape.depth);
+    net = made.release();
+  });
+  return failed ? nullptr : net;
 }
 
 void qvit_free(void* net) { delete static_cast<Network*>(net); }
 
-void qvit_linear(void* handle, int block, int kind, int inputs, int outputs, int terms, const int8_t* weight,
-                 const float* scale, const int32_t* offset, const float* bias) {
-  auto* net = static_cast<Network*>(handle);
-  Linear* of_network[] = {&net->patch, &net->head, &net->head_dist};
-  Block* b = block < 0 ? nullptr : &net->blocks[block];
-  Linear* of_block[] = {b ? &b->qkv : nullptr, b ? &b->proj : nullptr, b ? &b->fc1 : nullptr, b ? &b->fc2 : nullptr};
-  (b ? of_block[kind] : of_network[kind])->fill(inputs, outputs, terms, weight, scale, offset, bias);
+int qvit_linear(void* handle, int block, int kind, int inputs, int outputs, int terms, const int8_t* weight,
+                const float* scale, const int32_t* offset, const float* bias) {
+  return status_of([&] {
+    auto* net = static_cast<Network*>(handle);
+    Linear* of_network[] = {&net->patch, &net->head, &net->head_dist};
+    Linear* linear = of_network[block < 0 ? kind : 0];
+    if (block >= 0) {
+      Block& b = net->blocks[block];
+      Linear* of_block[] = {&b.qkv, &b.proj, &b.fc1, &b.fc2};
+      linear = of_block[kind];
+    }
+    linear->fill(inputs, outputs, terms, weight, scale, offset, bias);
+  });
 }
 
-void qvit_quantizer(void* handle, int block, int kind, int size, int levels, const float* scale, const float* shift) {
-  auto* net = static_cast<Network*>(handle);
-  Quantizer* of_network[] = {&net->patch_in, &net->head_in, &net->head_dist_in};
-  Quantizer* quantizer = of_network[block < 0 ? kind : 0];
-  if (block >= 0) {
-    Block& b = net->blocks[block];
-    Quantizer* of_block[] = {&b.attn_in, &b.q, &b.k, &b.v, &b.attn, &b.proj_in, &b.fc1_in, &b.fc2_in};
-    quantizer = of_block[kind];
-  }
-  quantizer->scale = Buffer<float>(scale, size);
-  quantizer->shift = Buffer<float>(shift, size);
-  quantizer->levels = float(levels);
+int qvit_quantizer(void* handle, int block, int kind, int size, int levels, const float* scale, const float* shift) {
+  return status_of([&] {
+    auto* net = static_cast<Network*>(handle);
+    Quantizer* of_network[] = {&net->patch_in, &net->head_in, &net->head_dist_in};
+    Quantizer* quantizer = of_network[block < 0 ? kind : 0];
+    if (block >= 0) {
+      Block& b = net->blocks[block];
+      Quantizer* of_block[] = {&b.attn_in, &b.q, &b.k, &b.v, &b.attn, &b.proj_in, &b.fc1_in, &b.fc2_in};
+      quantizer = of_block[kind];
+    }
+    quantizer->scale = Buffer<float>(scale, size, PANEL);
+    quantizer->shift = Buffer<float>(shift, size, PANEL);
+    quantizer->levels = float(levels);
+  });
 }
 
-void qvit_vector(void* handle, int block, int kind, int size, const float* values) {
-  auto* net = static_cast<Network*>(handle);
-  Buffer<float>* of_network[] = {&net->prefix, &net->positions};
-  Buffer<float>* vector = of_network[block < 0 ? kind : 0];
-  if (block >= 0) {
-    Attention& heads = net->blocks[block].heads;
-    Buffer<float>* of_block[] = {&heads.score_scale, &heads.q_zero, &heads.v_zero, &heads.attn_zero, &heads.out_scale};
-    vector = of_block[kind];
-  }
-  *vector = Buffer<float>(values, size);
+int qvit_vector(void* handle, int block, int kind, int size, const float* values) {
+  return status_of([&] {
+    auto* net = static_cast<Network*>(handle);
+    Buffer<float>* of_network[] = {&net->prefix, &net->positions};
+    Buffer<float>* vector = of_network[block < 0 ? kind : 0];
+    if (block >= 0) {
+      Attention& heads = net->blocks[block].heads;
+      Buffer<float>* of_block[] = {&heads.score_scale, &heads.q_zero, &heads.v_zero, &heads.attn_zero,
+                                   &heads.out_scale};
+      vector = of_block[kind];
+    }
+    *vector = Buffer<float>(values, size);
+  });
 }
 
 int qvit_forward(const void* net, const float* images, int batch, int threads, float* logits) {
-  try {
-    static_cast<const Network*>(net)->forward(images, batch, threads, logits);
-    return 0;
-  } catch (const std::exception&) {
-    return 1;
-  }
+  return status_of([&] { static_cast<const Network*>(net)->forward(images, batch, threads, logits); });
 }
 
 }  // extern "C"

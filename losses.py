@@ -1,12 +1,16 @@
-"""Training losses: the base criterion, distillation from a teacher's logits, distribution-guided distillation (DGD).
+"""Training losses: the base criterion, and distillation of a teacher's logits, attention (DGD) and tokens.
 
-    loss = (1 - alpha) * cls + alpha * distill + dgd_weight * (dgd_q + dgd_k)
+    loss = (1 - alpha) * cls + alpha * distill + dgd_weight * (dgd_q + dgd_k) + token_weight * tokens
 
-Hard and soft distillation follow DeiT (Touvron et al., 2021, arXiv 2012.12877). DGD is that of Q-ViT (Li et al., 2022,
+Hard and soft distillation follow DeiT (Touvron et al., 2021, arXiv 2012.12877): the distillation head learns from the
+teacher, the class head from the labels. 'both' is for a student that is to equal its teacher, as a quantized network
+that starts from the teacher's own weights: both heads learn from its logits. DGD is that of Q-ViT (Li et al., 2022,
 arXiv 2210.06707): for every layer and head the Gram matrices q q^T and k k^T of the student's rectified queries and
-keys are pulled towards those of a full-precision teacher, each matrix divided by its Frobenius norm.
+keys are pulled towards those of a full-precision teacher, each matrix divided by its Frobenius norm. Token distillation
+does so with the output of every block itself, for a student of the teacher's width.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +20,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from utils import UserError
 
-__all__ = ['DistillationLoss', 'Teacher', 'check_dgd_compatible', 'distribution_guided_distillation']
+__all__ = ['DISTILLATION_TYPES', 'DistillationLoss', 'Teacher', 'check_dgd_compatible',
+           'distribution_guided_distillation', 'token_distance']
 
 Pair = tuple[Tensor, Tensor]
+DISTILLATION_TYPES = ('none', 'soft', 'hard', 'both')
 
 
 class Teacher:
@@ -133,6 +139,45 @@ def distribution_guided_distillation(
     return losses[0], losses[1]
 
 
+class _BlockOutputs:
+    """The tokens, (B, N, D), behind every block in a network's last forward, until they are taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tokens: deque[Tensor] = deque(maxlen=len(model.blocks))
+        for block in model.blocks:
+            block.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+        self._tokens.append(output if isinstance(output, Tensor) else output[0])
+
+    def take(self) -> list[Tensor]:
+        tokens = list(self._tokens)
+        self._tokens.clear()  # the loss alone keeps them alive
+        return tokens
+
+
+def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student_prefix_tokens: int,
+                   teacher_prefix_tokens: int) -> Tensor:
+    """Squared distance of the blocks' outputs, over the teacher's variance; mean over the blocks.
+
+    Patch tokens, and special ones (each of the student's to the teacher's of that place, or its last), count alike: one
+    term for either. The gradient goes to the student alone.
+
+    Args:
+        student, teacher: per block (B, N, D), with as many patch tokens behind the special ones.
+    """
+    terms = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        dtype = torch.promote_types(ours.dtype, torch.float32)
+        ours, theirs = ours.to(dtype), theirs.detach().to(dtype)
+        special = theirs[:, [min(i, teacher_prefix_tokens - 1) for i in range(student_prefix_tokens)]]
+        for a, b in ((ours[:, student_prefix_tokens:], theirs[:, teacher_prefix_tokens:]),
+                     (ours[:, :student_prefix_tokens], special)):
+            spread = (b - b.mean((0, 1))).square().mean().clamp_min(torch.finfo(b.dtype).tiny)
+            terms.append((a - b).square().mean() / spread)
+    return torch.stack(terms).sum() / len(student)
+
+
 class _GramDistance(torch.autograd.Function):
     """|| A A^T / ||A A^T||_F - B B^T / ||B B^T||_F ||_F by d x d products: a, b (..., N, d) -> (...). No gradient to b.
 
@@ -210,11 +255,13 @@ class DistillationLoss(nn.Module):
         base_criterion: criterion(logits, labels) of the class head.
         teacher: needed by distillation and by DGD, for which it must return q and k; one forward per batch.
         distillation_type: 'none'; 'soft', T^2-scaled KL divergence to the teacher's logits at temperature T = `tau`;
-            'hard', cross-entropy with the teacher's decision as the label.
+            'hard', cross-entropy with the teacher's decision as the label; 'both', T^2-scaled KL divergence of an
+            image, mean over the heads (soft divides by the classes' number as well, which leaves it next to no weight).
         alpha: share of distillation, in [0, 1]; not used with 'none'.
         tau: temperature of soft distillation.
         dgd_weight: weight of DGD; 0 leaves it out at no cost.
         student_prefix_tokens: class, distillation and register tokens of the student.
+        token_weight: weight of token distillation, with `student`, whose blocks' outputs it reads.
 
     Raises:
         UserError: a value out of range, or a teacher that is missing.
@@ -222,11 +269,12 @@ class DistillationLoss(nn.Module):
 
     def __init__(
             self, base_criterion: nn.Module, teacher: Teacher | None, distillation_type: str, alpha: float, tau: float,
-            dgd_weight: float, student_prefix_tokens: int = 2,
+            dgd_weight: float, student_prefix_tokens: int = 2, token_weight: float = 0.,
+            student: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if distillation_type not in ('none', 'soft', 'hard'):
-            raise UserError(f'--distillation-type {distillation_type} is unknown: choose none, soft or hard')
+        if distillation_type not in DISTILLATION_TYPES:
+            raise UserError(f'--distillation-type {distillation_type} is unknown: choose none, soft, hard or both')
         if not 0 <= alpha <= 1:
             raise UserError(f'--distillation-alpha {alpha} is not a share: choose a value from 0 to 1')
         if not tau > 0:
@@ -239,6 +287,8 @@ class DistillationLoss(nn.Module):
         assert dgd_weight == 0 or teacher.return_qk, 'DGD needs Teacher(..., return_qk=True)'
         self.base_criterion, self.teacher, self.student_prefix_tokens = base_criterion, teacher, student_prefix_tokens
         self.distillation_type, self.alpha, self.tau, self.dgd_weight = distillation_type, alpha, tau, dgd_weight
+        self.token_weight = token_weight
+        self._outputs = [_BlockOutputs(net) for net in (student, teacher.model)] if token_weight else []
 
     def forward(
             self, inputs: Tensor, outputs: Tensor | Pair, labels: Tensor, student_qk: Sequence[Pair] | None = None,
@@ -254,13 +304,13 @@ class DistillationLoss(nn.Module):
 
         Returns:
             0-dim tensors: 'loss', to backpropagate; for the log, unweighted and detached, 'loss_cls' and, where they
-            apply, 'loss_distill', 'loss_dgd_q', 'loss_dgd_k'.
+            apply, 'loss_distill', 'loss_dgd_q', 'loss_dgd_k', 'loss_tokens'.
 
         Raises:
             UserError: distillation from a student without a distillation head, or a teacher with other classes.
         """
         is_pair = not isinstance(outputs, Tensor)
-        if self.distillation_type != 'none' or self.dgd_weight > 0:
+        if self.distillation_type != 'none' or self.dgd_weight > 0 or self.token_weight > 0:
             teacher_logits, teacher_qk = self.teacher(inputs)
         parts = {}
         if self.distillation_type == 'none':
@@ -272,7 +322,7 @@ class DistillationLoss(nn.Module):
                                 'token, which returns two heads: choose one, or pass --distillation-type none')
             logits, dist_logits = outputs
             parts['loss_cls'] = self.base_criterion(logits, labels)
-            parts['loss_distill'] = self._distill(dist_logits, teacher_logits)
+            parts['loss_distill'] = self._distill(logits, dist_logits, teacher_logits)
             loss = (1 - self.alpha) * parts['loss_cls'] + self.alpha * parts['loss_distill']
 
         if self.dgd_weight > 0:
@@ -280,16 +330,23 @@ class DistillationLoss(nn.Module):
             parts['loss_dgd_q'], parts['loss_dgd_k'] = distribution_guided_distillation(
                 student_qk, teacher_qk, self.student_prefix_tokens, self.teacher.num_prefix_tokens)
             loss = loss + self.dgd_weight * (parts['loss_dgd_q'] + parts['loss_dgd_k'])
+        if self.token_weight > 0:
+            parts['loss_tokens'] = token_distance(*(outputs.take() for outputs in self._outputs),
+                                                  self.student_prefix_tokens, self.teacher.num_prefix_tokens)
+            loss = loss + self.token_weight * parts['loss_tokens']
         return {'loss': loss} | {name: part.detach() for name, part in parts.items()}
 
-    def _distill(self, dist_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Soft: T^2 KL(teacher || student) of logits / T, DeiT's sum over B and classes / (B * classes). Hard: CE."""
+    def _distill(self, logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Soft: T^2 KL(teacher || student) of logits / T, DeiT's sum over B and classes / (B * classes). Hard: CE.
+        Both: T^2 KL, mean over the images and the two heads."""
         if dist_logits.shape != teacher_logits.shape:
             raise UserError(f'the teacher has {teacher_logits.shape[-1]} classes, the student {dist_logits.shape[-1]}: '
                             'choose a teacher of the same data set, or pass --distillation-type none')
         if self.distillation_type == 'hard':
             return F.cross_entropy(dist_logits, teacher_logits.argmax(dim=1))
         dtype = torch.promote_types(dist_logits.dtype, torch.float32)
-        student, teacher = (F.log_softmax(x.to(dtype) / self.tau, dim=1) for x in (dist_logits, teacher_logits))
-        divergence = F.kl_div(student, teacher, reduction='sum', log_target=True)
-        return divergence * self.tau ** 2 / dist_logits.numel()
+        students = (logits, dist_logits) if self.distillation_type == 'both' else (dist_logits,)
+        *students, teacher = (F.log_softmax(x.to(dtype) / self.tau, dim=1) for x in (*students, teacher_logits))
+        divergence = sum(F.kl_div(student, teacher, reduction='sum', log_target=True) for student in students)
+        terms = 2 * len(teacher) if self.distillation_type == 'both' else dist_logits.numel()
+        return divergence * self.tau ** 2 / terms

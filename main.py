@@ -1,249 +1,30 @@
-"""Trains and evaluates Q-ViT: flags, their checks, and the wiring of everything else.
+"""Trains and evaluates Q-ViT: the wiring of everything else.
 
     python main.py --data-path /path/to/imagenet --output_dir out ...          train (--resume auto continues)
     python main.py --eval --resume out/best_checkpoint.pth --data-path ...     evaluate
-
-Flags have DeiT's names, and its defaults but where the published Q-ViT runs did without (mixup, cutmix, label
-smoothing, weight averaging, clipping, cool-down).
+    python main.py --eval --finetune deit_tiny.pth --data-path ...             calibrate and evaluate (no training)
 """
 
-import argparse
-import ast
-import itertools
 import json
-import math
-import os
 import sys
 import traceback
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import build
-import models  # noqa: F401  (registers the teachers)
-import quant_vision_transformer  # noqa: F401  (registers the students)
 import utils
-from _quan_base import calibrate, is_calibrated
-from checkpoints import description, load_full_precision, load_quantized, read_checkpoint
-from datasets import DATASETS
-from engine import AMP_DTYPES, evaluate_and_say, fit
-from optim import build_optimizer
+from _quan_base import is_calibrated
+from checkpoints import description, load_full_precision, load_quantized, read_checkpoint, write_checkpoint
+from engine import evaluate_and_say, fit
+from flags import DEFAULT_MODEL, DEFAULT_SIZE, check_args, parse_args
 from training import build_training
-from utils import DivergedError, UserError, closest
-
-DEFAULT_MODEL = 'fourbits_deit_tiny_patch16_224'
-DEFAULT_SIZE = 224
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default there is, also of flags whose name says it all."""
-
-    def add_argument(self, action: argparse.Action) -> None:
-        if action.help is None:
-            action.help = ' '
-        super().add_argument(action)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, '') else super()._get_help_string(action)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f'{message} (--help lists the flags)')
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition('=')
-    if not (key.isidentifier() and equals):
-        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
-    if value.lower() in ('true', 'false', 'none'):
-        value = value.capitalize()
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return key, value
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = _Parser(description='Q-ViT: training and evaluation', allow_abbrev=False,
-                     formatter_class=_Formatter)
-    add = parser.add_argument
-    add('--config', metavar='FILE', help='YAML with values for these flags; flags on the command line win')
-    add('--batch-size', default=64, type=int, help='images of a process at a time')
-    add('--epochs', default=300, type=int)
-    add('--grad-accum-steps', default=1, type=int, help='batches per update')
-
-    group = parser.add_argument_group('model')
-    add = group.add_argument
-    add('--model', help=f'{DEFAULT_MODEL} unless the checkpoint says another')
-    add('--model-kwargs', nargs='+', action='extend', type=_key_value, metavar='KEY=VALUE',
-        help='options of the network, e.g. irm=False act_granularity=tensor weight_bits=2')
-    add('--input-size', type=int, help=f'image size, {DEFAULT_SIZE} unless the checkpoint says another')
-    add('--drop', default=0., type=float, help='dropout')
-    add('--drop-path', default=0.1, type=float)
-    add('--model-ema', default=False, action=BooleanOptionalAction, help='average the weights over time')
-    add('--model-ema-decay', default=0.99996, type=float)
-    add('--model-ema-force-cpu', action='store_true')
-    add('--amp', default='none', choices=AMP_DTYPES, help='precision of the matrix products')
-    add('--compile', action='store_true', help='torch.compile')
-
-    group = parser.add_argument_group('optimizer and schedule')
-    add = group.add_argument
-    add('--opt', default='adamw', help="timm's name; fusedlamb is apex's, or timm's Lamb with the same update")
-    add('--opt-eps', type=float)
-    add('--opt-betas', type=float, nargs=2)
-    add('--clip-grad', type=float, help='largest norm of the gradient')
-    add('--momentum', default=0.9, type=float)
-    add('--weight-decay', default=0.05, type=float)
-    add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
-    add('--lr', default=5e-4, type=float, help='at 512 images per update; scaled in proportion to them')
-    add('--lr-noise', type=float, nargs='+')
-    add('--lr-noise-pct', default=0.67, type=float)
-    add('--lr-noise-std', default=1.0, type=float)
-    add('--warmup-lr', default=1e-6, type=float)
-    add('--min-lr', default=1e-5, type=float)
-    add('--decay-epochs', default=30, type=float)
-    add('--warmup-epochs', default=5, type=int)
-    add('--cooldown-epochs', default=0, type=int, help='epochs at the last learning rate, after --epochs')
-    add('--decay-rate', '--dr', default=0.1, type=float)
-
-    group = parser.add_argument_group('augmentation and regularization')
-    add = group.add_argument
-    add('--color-jitter', default=0.4, type=float)
-    add('--aa', default='rand-m9-mstd0.5-inc1', help='auto-augmentation policy')
-    add('--smoothing', default=0., type=float, help='label smoothing')
-    add('--train-interpolation', default='bicubic')
-    add('--random-resized-crop', default=True, action=BooleanOptionalAction)
-    add('--repeated-aug', default=True, action=BooleanOptionalAction)
-    add('--reprob', default=0.25, type=float, help='probability of random erasing')
-    add('--remode', default='pixel')
-    add('--recount', default=1, type=int)
-    add('--mixup', default=0., type=float)
-    add('--cutmix', default=0., type=float)
-    add('--cutmix-minmax', type=float, nargs=2)
-    add('--mixup-prob', default=1.0, type=float)
-    add('--mixup-switch-prob', default=0.5, type=float)
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
-
-    group = parser.add_argument_group('teacher')
-    add = group.add_argument
-    add('--teacher-model', help="timm's name, e.g. vit_deit_tiny_distilled_patch16_224")
-    add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
-    add('--distillation-type', default='none', choices=('none', 'soft', 'hard'))
-    add('--distillation-alpha', default=0.5, type=float)
-    add('--distillation-tau', default=1.0, type=float)
-    add('--dgd-weight', type=float, help='weight of distribution-guided distillation; unless given, 1 with a teacher '
-        'whose attention can be compared and 0 otherwise')
-
-    group = parser.add_argument_group('data and evaluation')
-    add = group.add_argument
-    add('--data-path', help='folder of the data set')
-    add('--data-set', choices=DATASETS, help='IMNET where there is a --data-path, else DIGITS')
-    add('--inat-category', default='name')
-    add('--eval', action='store_true', help='only evaluate --resume')
-    add('--dist-eval', action='store_true', help='share the evaluation among the processes')
-    add('--eval-crop-ratio', default=0.875, type=float)
-    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=int)
-    add('--pin-mem', default=True, action=BooleanOptionalAction)
-
-    group = parser.add_argument_group('run')
-    add = group.add_argument
-    add('--output_dir', '--output-dir', default='', help='for checkpoints, log.txt, args.json and TensorBoard')
-    add('--finetune', default='', metavar='FILE', help='full-precision checkpoint to start from')
-    add('--resume', default='', metavar='FILE', help='checkpoint to continue; auto: that of --output_dir, if any')
-    add('--start_epoch', '--start-epoch', default=0, type=int)
-    add('--seed', default=0, type=int)
-    add('--device', help='cuda where there is one, else cpu')
-    add('--print-freq', default=10, type=int, help='batches between log lines')
-    add('--world_size', '--world-size', default=1, type=int, help='processes to expect; the launcher starts them')
-    add('--dist_url', '--dist-url', default='env://', help='where they meet')
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """The flags, over those of --config."""
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    if args.config:
-        args = parser.parse_args([*utils.config_flags(parser, args.config), *(sys.argv[1:] if argv is None else argv)])
-    args.model_kwargs = dict(args.model_kwargs or [])
-    return args
-
-
-def check_args(args: Namespace) -> None:
-    """Refuses unknown names, values out of range and contradictions, before any data is touched.
-
-    Raises:
-        UserError: the first of them, in one line.
-    """
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
-    for flag, name in (('--model', args.model), ('--teacher-model', args.teacher_model)):
-        if name is not None and not timm.is_model(name):
-            raise UserError(f'{flag} {name} is unknown: {closest(name, timm.list_models())}')
-    for low, high, names in (
-            (1, math.inf, 'batch_size epochs grad_accum_steps print_freq recount world_size'),
-            (0, math.inf, 'num_workers start_epoch warmup_epochs cooldown_epochs weight_decay min_lr warmup_lr mixup '
-                          'cutmix color_jitter dgd_weight seed momentum'),
-            (0, 1, 'distillation_alpha reprob mixup_prob mixup_switch_prob drop drop_path smoothing model_ema_decay')):
-        for name in names.split():
-            value = getattr(args, name)
-            require(value is None or low <= value <= high,
-                    f'--{name.replace("_", "-")} {value}: choose a value '
-                    + (f'from {low} to {high}' if high < math.inf else f'of at least {low}'))
-    for name in ('lr', 'input_size', 'clip_grad', 'distillation_tau', 'eval_crop_ratio', 'decay_epochs'):
-        value = getattr(args, name)
-        require(value is None or 0 < value < math.inf, f'--{name.replace("_", "-")} {value}: choose a value above 0')
-    for name in ('num_classes', 'img_size'):
-        require(name not in args.model_kwargs, f'--model-kwargs {name}: the class count follows from the data set, the '
-                                               'image size from --input-size')
-
-    cuda = torch.cuda.is_available()
-    try:
-        kind = torch.device(args.device or ('cuda' if cuda else 'cpu')).type
-    except RuntimeError as error:
-        raise UserError(f'--device {args.device} is unknown: choose cuda or cpu') from error
-    require(kind != 'cuda' or cuda, f'--device {args.device}: PyTorch finds no CUDA GPU here, choose cpu')
-    require(args.amp != 'fp16' or kind != 'cpu', '--amp fp16 needs a GPU: choose bf16 or none')
-
-    require(args.data_set in (None, 'DIGITS') or args.data_path is not None, f'--data-set {args.data_set} needs '
-                                                                             '--data-path')
-    require(not args.eval or bool(args.resume), '--eval needs --resume, the checkpoint to evaluate')
-    # With --resume auto, --finetune is how the run starts, and the same command line continues it.
-    require(args.resume in ('', 'auto') or not args.finetune, '--resume continues a run and --finetune starts one: '
-                                                              'choose one')
-    require(not (args.resume and args.start_epoch), '--start_epoch: the checkpoint of --resume says the epoch')
-    require(args.resume != 'auto' or bool(args.output_dir), '--resume auto looks into --output_dir: name it')
-    for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path)):
-        require(not path or path == 'auto' or path.startswith('https://') or os.path.isfile(path),
-                f'{flag} {path}: no such file')
-    if args.eval:
-        return
-
-    distills = args.distillation_type != 'none' or bool(args.dgd_weight)
-    require(not distills or bool(args.teacher_model or args.teacher_path),
-            (f'--distillation-type {args.distillation_type}' if args.distillation_type != 'none' else
-             f'--dgd-weight {args.dgd_weight}') + ' needs a teacher: name it with --teacher-model, or give a '
-            'self-describing checkpoint of it with --teacher-path')
-    require(distills or not (args.teacher_model or args.teacher_path), 'the teacher has nothing to do: pass '
-            '--distillation-type hard or soft, or a --dgd-weight')
-    if args.warmup_epochs >= args.epochs:
-        print(f'warning: --warmup-epochs {args.warmup_epochs} is all of --epochs: the learning rate stays '
-              'below --lr')
-    require(not args.model_ema_force_cpu or args.model_ema, '--model-ema-force-cpu needs --model-ema')
-    require(not build.mixes(args) or args.batch_size % 2 == 0,
-            f'--batch-size {args.batch_size}: mixup and cutmix need an even one')
-    require('adahessian' not in args.opt.lower(), '--opt adahessian needs second derivatives, which quantizers do not '
-                                                  'have: choose another')
-    build_optimizer(args, nn.Linear(1, 1))
+from utils import DivergedError, UserError
 
 
 def resolve(args: Namespace, checkpoint: dict[str, Any] | None) -> None:
@@ -297,6 +78,8 @@ def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
 
 def run_evaluation(args: Namespace) -> None:
     device, checkpoint = prepare(args)
+    if checkpoint is None:
+        return run_post_training_quantization(args, device)
     about = checkpoint.get('qvit', {})
     head = checkpoint.get('model', checkpoint).get('head.weight')
     args.nb_classes = about.get('num_classes', None if head is None else len(head))
@@ -314,6 +97,26 @@ def run_evaluation(args: Namespace) -> None:
         evaluate_and_say('test_ema', model, loader, device, args)
 
 
+def load_finetune(args: Namespace, model: nn.Module) -> None:
+    for note in load_full_precision(model, read_checkpoint(args.finetune)):
+        print(f'--finetune: {note}')
+
+
+def run_post_training_quantization(args: Namespace, device: torch.device) -> None:
+    dataset_train, dataset_val, num_classes = build.build_datasets(args)
+    utils.seed_everything(args.seed)  # of heads that start anew
+    model = build.build_student(args, num_classes)
+    load_finetune(args, model)
+    build.calibrate_student(args, model.to(device), dataset_train)
+    if args.output_dir and args.rank == 0:
+        about = description(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_val.classes),
+                            args.data_set)
+        state = {'model': model.state_dict(), 'epoch': -1, 'args': utils.plain_args(args), 'qvit': about}
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_checkpoint(state, Path(args.output_dir) / 'calibrated.pth')
+    evaluate_and_say('test', model, build.build_eval_loader(args, dataset_val), device, args)
+
+
 def run_training(args: Namespace) -> None:
     device, checkpoint = prepare(args)
     # cuDNN's faster backward of the patch embedding adds in another order every time: no run could be resumed exactly.
@@ -323,18 +126,16 @@ def run_training(args: Namespace) -> None:
 
     utils.seed_everything(args.seed)  # alike on all ranks
     model = build.build_student(args, num_classes)
-    if args.finetune and not checkpoint:
-        for note in load_full_precision(model, read_checkpoint(args.finetune)):
-            print(f'--finetune: {note}')
     if checkpoint:
         load_quantized(model, checkpoint)
+    elif args.finetune:
+        load_finetune(args, model)
     model.to(device)
     teacher = build.build_teacher(args, num_classes)
     criterion = build.build_criterion(args, model, teacher if teacher is None else teacher.to(device))
     utils.seed_everything(args.seed + args.rank)
     if not is_calibrated(model):
-        first = [dataset_train[index][0] for index in itertools.islice(sampler, args.batch_size)]
-        calibrate(model, torch.stack(first).to(device))
+        build.calibrate_student(args, model, dataset_train, sampler)
     network, training = build.wrap(args, model, device), build_training(args, model, device)
     args.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f'number of params: {args.n_parameters}')

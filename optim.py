@@ -7,12 +7,15 @@ The published recipe is `--opt fusedlamb` at weight decay 0: NVIDIA apex's Fused
 import difflib
 import functools
 from argparse import Namespace
+from typing import Any
 
 import timm.optim
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from _quan_base import named_quantizers
 from utils import UserError
 
 __all__ = ['build_optimizer']
@@ -29,11 +32,12 @@ def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `--opt` names, over the parameters of `model` that require gradients.
 
     One-dimensional parameters (biases, norms, quantizer steps and zero points) and those that `model.no_weight_decay()`
-    names (position embedding, class and distillation token) get no weight decay. `fusedlamb` is apex's where it can be
+    names (position embedding, class and distillation token) get no weight decay. Steps and zero points of quantizers
+    learn at `step_lr_scale` times the rate; the scheduler multiplies it in. `fusedlamb` is apex's where it can be
     used, else timm's Lamb with the same update; a line is printed once when it is timm's.
 
     Args:
-        args: opt, lr, weight_decay, momentum; opt_eps and opt_betas where not None.
+        args: opt, lr, weight_decay, momentum; opt_eps and opt_betas where not None; step_lr_scale, 1 unless given.
         model: not wrapped in DDP, which hides `no_weight_decay`.
 
     Raises:
@@ -50,13 +54,32 @@ def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
             kwargs.update(_LAMB, **_TIMM_ONLY, opt='lamb')
     else:
         _check_name(name)
+    parameters = _by_learning_rate(model, kwargs, getattr(args, 'step_lr_scale', 1.))
     try:
-        return timm.optim.create_optimizer_v2(model, **kwargs)
+        return timm.optim.create_optimizer_v2(parameters, **kwargs)
     # timm and the optimizers refuse with whichever of these: unknown, not installed, needs CUDA, bad or unknown value.
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition('\n')[0] or type(error).__name__
         raise UserError(f'--opt {args.opt} cannot be used ({reason}): '
                         'correct the optimizer flags or choose another, e.g. --opt adamw') from error
+
+
+def _by_learning_rate(model: nn.Module, kwargs: dict[str, Any], step_lr_scale: float) -> nn.Module | list[dict]:
+    """What to optimize: groups of parameters where steps learn at a rate of their own."""
+    if step_lr_scale == 1:
+        return model
+    # At lr 1e-4 an Adam-like update moves every parameter by about 1e-4: little for a weight, much for a step of 0.02.
+    steps = {id(parameter) for _, quantizer in named_quantizers(model)
+             for name, parameter in quantizer.named_parameters(recurse=False) if name in ('alpha', 'zero_point')}
+    decay = kwargs.pop('weight_decay')
+    exempt = getattr(model, 'no_weight_decay', set)()
+    groups = []
+    for group in param_groups_weight_decay(model, decay, no_weight_decay_list=exempt):
+        chosen = [parameter for parameter in group['params'] if id(parameter) in steps]
+        others = [parameter for parameter in group['params'] if id(parameter) not in steps]
+        groups += [group | {'params': others}] if others else []
+        groups += [group | {'params': chosen, 'lr_scale': step_lr_scale}] if chosen else []
+    return groups
 
 
 def _apex_is_usable() -> bool:

@@ -146,7 +146,7 @@ class Training:
         return notes
 
     def _resume_optimizer(self, state: dict[str, Any] | None, misfits: list[str], keep_lr: bool) -> list[str]:
-        flags = ('weight_decay', 'initial_lr', 'betas', 'eps', 'momentum', *(() if keep_lr else ('lr',)))
+        flags = ('weight_decay', 'initial_lr', 'lr_scale', 'betas', 'eps', 'momentum', *(() if keep_lr else ('lr',)))
         wanted = [{name: group[name] for name in flags if name in group} for group in self.optimizer.param_groups]
         try:
             if state is None or misfits:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import build
 import engine
 import main
+from _quan_base import calibrate
 from checkpoints import read_checkpoint
 from engine import evaluate, train_one_epoch
 from training import Training, build_training
@@ -208,7 +209,7 @@ def test_statistics_of_quantizers_leave_the_model_as_it_was():
                      model_kwargs={'embed_dim': 24, 'depth': 1, 'num_heads': 2, 'patch_size': 8})
     model = build.build_student(args, 10)
     images = torch.randn(4, 3, 16, 16)
-    main.calibrate(model, images)
+    calibrate(model, images)
     with torch.no_grad():
         model.blocks[0].attn.attn_act.alpha.fill_(1e-4)  # 15 codes reach 0.0015: every probability is clipped
         model.blocks[0].attn.attn_act.zero_point.zero_()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import DistillationLoss, Teacher, check_dgd_compatible, distribution_guided_distillation
+from losses import DistillationLoss, Teacher, check_dgd_compatible, distribution_guided_distillation, token_distance
 from utils import UserError
 
 DISTILLED, PLAIN = 'deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224'
@@ -250,6 +250,50 @@ def test_soft_distillation_has_deits_normalisation(batch):
     torch.testing.assert_close(parts['loss_distill'], (9 * (p * (p / q).log()).sum() / (4 * 10)).detach())
     torch.testing.assert_close(parts['loss'], 0.7 * F.cross_entropy(batch['pair'][0], batch['labels'])
                                + 0.3 * parts['loss_distill'])
+
+
+def test_distillation_of_both_heads(batch):
+    loss = DistillationLoss(nn.CrossEntropyLoss(), FixedTeacher(batch['teacher']), 'both', 0.3, 3., 0.)
+    parts = loss(batch['images'], batch['pair'], batch['labels'])
+    p = (batch['teacher'] / 3).softmax(1)
+    divergences = [9 * (p * (p / (x / 3).softmax(1)).log()).sum(1).mean() for x in batch['pair']]
+    torch.testing.assert_close(parts['loss_distill'], (sum(divergences) / 2).detach())
+    torch.testing.assert_close(parts['loss'], 0.7 * F.cross_entropy(batch['pair'][0], batch['labels'])
+                               + 0.3 * sum(divergences) / 2)
+
+
+def test_token_distance_by_hand():
+    theirs = [torch.tensor([[[1.], [3.], [5.]], [[2.], [3.], [5.]]])]  # a class token and two patches, two images
+    theirs.append(torch.tensor([[[0.], [1.], [-1.]], [[4.], [3.], [-3.]]]))
+    ours = [torch.cat([t[:, :1], t[:, :1], t[:, 1:]], 1).requires_grad_() for t in theirs]
+    assert token_distance(ours, theirs, 2, 1) == 0
+    moved = [ours[0] + torch.tensor([0., 1., 0., 0.])[:, None], ours[1] + torch.tensor([0., 0., 2., 0.])[:, None]]
+    # Block 0: the distillation token, half of the special ones, is 1 off; the class tokens 1, 2 vary by 1/4.
+    # Block 1: one of two patches is 2 off; 1, -1, 3, -3 vary by 5. Two blocks.
+    found = token_distance(moved, theirs, 2, 1)
+    torch.testing.assert_close(found, torch.tensor((0.5 / 0.25 + 2. / 5) / 2))
+    found.backward()
+    assert all(x.grad.abs().sum() > 0 for x in ours)
+
+
+def test_tokens_are_those_of_the_batch_at_hand():
+    teacher, student = tiny(PLAIN), tiny()
+    student.set_distilled_training(True)
+    wrapped = Teacher(teacher, return_qk=False)
+    loss = DistillationLoss(nn.CrossEntropyLoss(), wrapped, 'both', 1., 1., 0., 2, 0.5, student)
+    student.eval()(torch.randn(5, 3, 32, 32))  # an evaluation in between leaves nothing behind
+    images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    parts = loss(images, student.train()(images), labels)
+    with torch.no_grad():
+        seen = [[], []]
+        for net, into in zip((student, teacher), seen, strict=True):
+            x = net._pos_embed(net.patch_embed(images))
+            for block in net.blocks:
+                x = block(x)
+                into.append(x)
+        wanted = token_distance(*seen, 2, 1)
+    torch.testing.assert_close(parts['loss_tokens'], wanted)
+    torch.testing.assert_close(parts['loss'].detach(), parts['loss_distill'] + 0.5 * wanted)
 
 
 @pytest.mark.parametrize('distillation_type', ['none', 'hard'])

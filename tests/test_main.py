@@ -19,6 +19,7 @@ import main
 import run_with_submitit
 from _quan_base import is_calibrated, named_quantizers
 from checkpoints import create_from_checkpoint, read_checkpoint
+from flags import get_args_parser
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -303,10 +304,10 @@ def test_dgd_is_left_out_where_it_cannot_be_computed(teacher_path, tmp_path, cap
 
 def test_every_flag_has_a_reader():
     source = '\n'.join(path.read_text() for path in ROOT.glob('*.py'))
-    text = (ROOT / 'main.py').read_text()
-    checks = text[text.index('def check_args('):text.index('def resolve(')]  # to check a flag is not to use it
+    text = (ROOT / 'flags.py').read_text()
+    checks = text[text.index('def check_args('):]  # to check a flag is not to use it
     by_timm = {'momentum', 'opt_betas', 'opt_eps', 'weight_decay'}  # in timm.optim.optimizer_kwargs
-    for flag in {action.dest for action in main.get_args_parser()._actions} - {'help'} - by_timm:
+    for flag in {action.dest for action in get_args_parser()._actions} - {'help'} - by_timm:
         assert re.search(rf"\bargs\.{flag}\b|getattr\(args, '{flag}'", source.replace(checks, '')), flag
 
 
@@ -339,7 +340,11 @@ def test_recipes(path, tmp_path):
     bits = {'2': 'two', '3': 'three', '4': 'four'}[path.stem[-4]]
     size = 'tiny' if 'tiny' in path.stem else 'small'
     assert args.model == f'{bits}bits_deit_{size}_patch16_224'
-    assert args.teacher_model == f'vit_deit_{size}_distilled_patch16_224'
+    if path.stem.startswith('best_'):  # start and teacher are the same network
+        assert args.teacher_model == f'deit_{size}_patch16_224' and args.calibration == 'mse'
+        assert (args.weight_decay, args.warmup_epochs, args.opt) == (0, 0, 'fusedlamb')
+        return
+    assert args.teacher_model == f'vit_deit_{size}_distilled_patch16_224' and args.calibration == 'published'
     assert args.repeated_aug == (size == 'small')
     assert (args.batch_size * 4, args.lr, args.weight_decay, args.warmup_epochs, args.opt) == (
         512, 3e-4, 0, 0, 'fusedlamb')

@@ -6,10 +6,12 @@ from types import ModuleType
 
 import pytest
 import timm
+import timm.scheduler
 import torch
 from torch import nn
 
 import optim
+import quant_vision_transformer  # noqa: F401  registers the variants
 from optim import build_optimizer
 from utils import UserError
 
@@ -192,3 +194,22 @@ def test_what_cannot_be_built_is_one_line(changes, monkeypatch):
     with pytest.raises(UserError, match=f'--opt {changes["opt"]}') as caught:
         build_optimizer(flags(**changes), Quantized())
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('decay', [0., 0.1])
+def test_steps_learn_at_a_rate_of_their_own(decay, without_apex):
+    model = timm.create_model('fourbits_deit_tiny_patch16_224', img_size=32, embed_dim=24, depth=1, num_heads=2)
+    optimizer = build_optimizer(flags(weight_decay=decay, step_lr_scale=0.1), model)
+    schedule = timm.scheduler.CosineLRScheduler(optimizer, 10)
+    rate = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+    plain = build_optimizer(flags(weight_decay=decay), model)
+    decays = {id(p): group['weight_decay'] for group in plain.param_groups for p in group['params']}
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(rate) == len(names) == sum(len(group['params']) for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            is_step = names[id(p)].endswith(('.alpha', '.zero_point'))
+            assert group['lr'] == pytest.approx(0.001 if is_step else 0.01), names[id(p)]
+            assert group['weight_decay'] == decays[id(p)], names[id(p)]
+    schedule.step(5)
+    assert {round(group['lr'], 9) for group in optimizer.param_groups} == {0.005, 0.0005}

@@ -1,0 +1,270 @@
+"""Accuracy after 150 updates on 1000 images, for every row of a table: bits, IRM, DGD, distillation, granularity.
+
+    python benchmarks/accuracy_protocol.py --data-path DIR --weights deit_tiny.pth --output out/protocol.json
+    python benchmarks/accuracy_protocol.py ... --rows 4bit 4bit-published --seeds 0 1 2     # some of the rows
+    python benchmarks/accuracy_protocol.py --output out/protocol.json --table               # print the table only
+
+DIR holds train/ (1000 images, one a class, in the measurements of docs/accuracy.md) and val/, a folder a class. The
+student starts from the full-precision network --weights, which is also its teacher: calibration, then 150 updates of 20
+images by LAMB without weight decay, cosine learning rate by the update, images in the evaluation crop with random
+horizontal flips. Results are appended to --output row by row and seed by seed; what it holds already is skipped, so
+that an interrupted run continues with the same command.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import quant_vision_transformer  # noqa: E402, F401  registers the variants
+from _quan_base import calibrate, clamp_steps_  # noqa: E402
+from calibration import calibrate_to_full_precision  # noqa: E402
+from checkpoints import load_full_precision, read_checkpoint  # noqa: E402
+from datasets import build_dataset, build_transform  # noqa: E402
+from losses import DistillationLoss, Teacher  # noqa: E402
+from optim import build_optimizer  # noqa: E402
+from utils import UserError  # noqa: E402
+
+BITS = {2: 'twobits', 3: 'threebits', 4: 'fourbits'}
+BATCH = 20
+LR = {2: 3e-4, 3: 1e-4, 4: 1e-4}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a network, its calibration and its training."""
+    bits: int
+    calibration: str = 'mse'
+    distillation: str = 'both'
+    alpha: float = 1.
+    dgd_weight: float = 0.
+    token_weight: float = 0.5
+    lr: float = 1e-4
+    step_lr_scale: float = 0.1
+    updates: int = 150
+    kwargs: dict = field(default_factory=dict)
+
+
+def _published(bits: int, **changes) -> Row:
+    return Row(bits, **{'calibration': 'published', 'distillation': 'hard', 'alpha': 0.5, 'token_weight': 0.,
+                        'lr': 3e-4, 'step_lr_scale': 1.} | changes)
+
+
+def _rows() -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for bits in (4, 3, 2):
+        name = f'{bits}bit'
+        ours = partial(Row, bits, lr=LR[bits])
+        rows[name] = ours()
+        rows[f'{name}-published'] = _published(bits)
+        for irm in (False, True):
+            for dgd in (False, True):
+                parts = [name, 'baseline', *['irm'] * irm, *['dgd'] * dgd]
+                rows['-'.join(parts)] = _published(bits, lr=1e-4, dgd_weight=float(dgd), kwargs={'irm': irm})
+        rows[f'{name}-no-irm'] = ours(kwargs={'irm': False})
+        rows[f'{name}-dgd'] = ours(dgd_weight=0.1)
+        rows[f'{name}-tensor'] = ours(kwargs={'act_granularity': 'tensor'})
+        rows[f'{name}-no-tokens'] = ours(token_weight=0.)
+        rows[f'{name}-hard'] = ours(distillation='hard', alpha=0.5, token_weight=0.)
+    return rows
+
+
+ROWS = _rows()
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """A data set in memory, uint8, to be normalized and flipped batch by batch."""
+
+    def __init__(self, dataset) -> None:
+        *geometry, _, normalize = dataset.transform.transforms
+        dataset.transform = lambda image: self._to_uint8(geometry, image)
+        self.images, self.labels = (torch.stack([torch.as_tensor(item) for item in items])
+                                    for items in zip(*(dataset[i] for i in range(len(dataset))), strict=True))
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
+
+    @staticmethod
+    def _to_uint8(geometry, image) -> Tensor:
+        for transform in geometry:
+            image = transform(image)
+        return pil_to_tensor(image)
+
+    def __call__(self, index: Tensor | slice, flip: Tensor | None = None) -> Tensor:
+        """Normalized, (B, 3, H, W); those with `flip`, (B,), mirrored."""
+        images = self.images[index]
+        if flip is not None:
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        return (images / 255. - self.mean) / self.std
+
+
+def load_images(data_path: str) -> tuple[Images, Images]:
+    """train/ and val/ in the evaluation crop."""
+    options = Namespace(data_set='IMNET', data_path=data_path, input_size=224, train_interpolation='bicubic', aa=None,
+                        color_jitter=0., reprob=0., remode='pixel', recount=1)
+    train, val = (build_dataset(is_train, options)[0] for is_train in (True, False))
+    train.transform = build_transform(False, options)
+    return Images(train), Images(val)
+
+
+# --- a row ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: Images, amp: bool) -> float:
+    """Per cent of the images classified right."""
+    model.eval()
+    correct = 0
+    for part in torch.arange(len(images.labels)).split(32):
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            correct += (model(images(part)).argmax(1) == images.labels[part]).sum().item()
+    return 100 * correct / len(images.labels)
+
+
+def run_row(row: Row, seed: int, weights: dict, train: Images, val: Images, amp: bool, calibration_images: int) -> dict:
+    """Top-1 of the calibrated and of the trained student."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    teacher = timm.create_model('deit_tiny_patch16_224')
+    load_full_precision(teacher, weights)
+    student = timm.create_model(f'{BITS[row.bits]}_deit_tiny_patch16_224', **row.kwargs)
+    load_full_precision(student, weights)
+    drawn = torch.randperm(len(train.labels), generator=generator)[:calibration_images]
+    start = time.perf_counter()
+    (calibrate if row.calibration == 'published' else calibrate_to_full_precision)(student, train(drawn))
+    seconds = time.perf_counter() - start
+    result = {'calibrated': top1(student, val, amp), 'calibration_s': round(seconds, 1)}
+    print(f'  calibrated: {result["calibrated"]:.1f} % ({seconds:.0f} s)', flush=True)
+    start = time.perf_counter()
+    fit(row, student, teacher, train, generator, amp)
+    result |= {'training_s': round(time.perf_counter() - start, 1), 'trained': top1(student, val, amp)}
+    return result
+
+
+def fit(row: Row, student: nn.Module, teacher: nn.Module, train: Images, generator: torch.Generator, amp: bool) -> None:
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), Teacher(teacher, row.dgd_weight > 0), row.distillation,
+                                 row.alpha, 1., row.dgd_weight, student.num_prefix_tokens, row.token_weight, student)
+    optimizer = build_optimizer(Namespace(opt='fusedlamb', lr=row.lr, weight_decay=0., momentum=0.9, opt_eps=None,
+                                          opt_betas=None, step_lr_scale=row.step_lr_scale), student)
+    for group in optimizer.param_groups:
+        group['lr'] = row.lr * group.get('lr_scale', 1.)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.updates)
+    student.train()
+    order = torch.empty(0, dtype=torch.long)
+    running = 0.
+    for update in range(row.updates):
+        if len(order) < BATCH:
+            order = torch.randperm(len(train.labels), generator=generator)
+        index, order = order[:BATCH], order[BATCH:]
+        images = train(index, torch.rand(BATCH, generator=generator) < 0.5)
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            outputs, qk = student(images, return_qk=True)
+            parts = criterion(images, outputs, train.labels[index], qk if row.dgd_weight else None)
+        parts['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clamp_steps_(student)
+        schedule.step()
+        running += parts['loss'].item()
+        if (update + 1) % 25 == 0:
+            print(f'  update {update + 1}: mean loss {running / 25:.3f}', flush=True)
+            running = 0.
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> list[dict]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f'--output {path} is not a file of results: name another') from error
+
+
+def write_results(results: list[dict], path: Path) -> None:
+    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    beside.write_text(json.dumps(results, indent=1) + '\n')
+    os.replace(beside, path)
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a line a row, means over the seeds, with their standard deviation from two on."""
+    lines = ['| row | bits | calibration | distillation | DGD | tokens | lr | network | seeds | calibrated (%) '
+             '| trained (%) |', '|---|--:|---|---|--:|--:|--:|---|--:|--:|--:|']
+    for name in dict.fromkeys(result['row'] for result in results):
+        found = [result for result in results if result['row'] == name]
+        row = Row(**found[0]['settings'])
+
+        def mean(key: str, found=found) -> str:
+            values = [result[key] for result in found]
+            spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+            return f'{statistics.mean(values):.1f}{spread}'
+
+        network = ' '.join(f'{key}={value}' for key, value in row.kwargs.items())
+        lines.append(f'| {name} | {row.bits} | {row.calibration} | {row.distillation} | {row.dgd_weight:g} | '
+                     f'{row.token_weight:g} | {row.lr:g} | {network} | {len(found)} | {mean("calibrated")} | '
+                     f'{mean("trained")} |')
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-path', help='folder with train/ and val/')
+    parser.add_argument('--weights', help='full-precision DeiT-Tiny checkpoint')
+    parser.add_argument('--output', required=True, type=Path, help='JSON file of results, to be continued')
+    parser.add_argument('--rows', nargs='+', choices=ROWS, metavar='ROW', default=list(ROWS),
+                        help=f'all unless given: {", ".join(ROWS)}')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--calibration-images', type=int, default=64)
+    parser.add_argument('--amp', choices=('none', 'bf16'), default='bf16', help='precision of the matrix products')
+    parser.add_argument('--table', action='store_true', help='only print the table of --output')
+    args = parser.parse_args()
+    try:
+        results = read_results(args.output)
+        if not args.table:
+            if not (args.data_path and args.weights):
+                raise UserError('--data-path and --weights are needed: name the images and the full-precision network')
+            run(args, results)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    print(table(results))
+    return 0
+
+
+def run(args: Namespace, results: list[dict]) -> None:
+    """What is missing of --rows and --seeds; `results` and --output get each as it is done."""
+    done = {(result['row'], result['seed']) for result in results}
+    missing = [(name, seed) for seed in args.seeds for name in args.rows if (name, seed) not in done]
+    if not missing:
+        return
+    weights, (train, val) = read_checkpoint(args.weights), load_images(args.data_path)
+    if args.amp == 'bf16':
+        torch.backends.mkldnn.matmul.fp32_precision = 'bf16'  # also of the float32 products outside autocast
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    machine = {'torch': torch.__version__, 'timm': timm.__version__, 'threads': torch.get_num_threads(),
+               'machine': platform.machine(), 'amp': args.amp, 'calibration_images': args.calibration_images}
+    for name, seed in missing:
+        print(f'{name}, seed {seed}', flush=True)
+        found = run_row(ROWS[name], seed, weights, train, val, args.amp == 'bf16', args.calibration_images)
+        print(f'{name}, seed {seed}: {found["trained"]:.1f} %', flush=True)
+        results.append({'row': name, 'seed': seed, **found, 'settings': asdict(ROWS[name]), **machine})
+        write_results(results, args.output)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
