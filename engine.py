@@ -81,11 +81,14 @@ def train_one_epoch(
         first = training.step - training.step % args.grad_accum_steps
         batches = min(args.grad_accum_steps, total - first)
         is_update = training.step + 1 == first + batches
+        training.progress = min(1., (training.epoch + training.step / total) / args.epochs)
         with nullcontext() if is_update else _without_all_reduce(network):
             with autocast(device, args.amp):
                 outputs = network(images, **return_qk)
                 outputs, qk = outputs if return_qk else (outputs, None)
                 parts = criterion(images, outputs, labels, qk)
+                if training.oscillations is not None:
+                    parts = training.oscillations.add_dampening(parts, training.progress)
             training.scaler.scale(parts['loss'] / batches).backward()
         if is_update:
             training.update(args.clip_grad)

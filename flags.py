@@ -94,6 +94,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--momentum', default=0.9, type=float)
     add('--weight-decay', default=0.05, type=float)
     add('--step-lr-scale', default=1., type=float, help='learning rate of the steps and zero points, in units of --lr')
+    add('--oscillation-dampening', default=0., type=float, metavar='W',
+        help='final weight of a loss that pulls weights to the centres of their codes')
+    add('--oscillation-freezing', type=float, nargs='+', metavar='F', help='freeze weights whose codes go back and '
+        'forth more often than this, in an average per update, e.g. 0.01; two values: at the start and at the end')
     add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
     add('--lr', default=5e-4, type=float, help='at 512 images per update; scaled in proportion to them')
     add('--lr-noise', type=float, nargs='+')
@@ -193,7 +197,8 @@ def check_args(args: Namespace) -> None:
     for low, high, names in (
             (1, math.inf, 'batch_size calibration_images epochs grad_accum_steps print_freq recount world_size'),
             (0, math.inf, 'num_workers start_epoch warmup_epochs cooldown_epochs weight_decay min_lr warmup_lr mixup '
-                          'cutmix color_jitter dgd_weight token_weight step_lr_scale seed momentum'),
+                          'cutmix color_jitter dgd_weight token_weight step_lr_scale oscillation_dampening '
+                          'seed momentum'),
             (0, 1, 'distillation_alpha reprob mixup_prob mixup_switch_prob drop drop_path smoothing model_ema_decay')):
         for name in names.split():
             value = getattr(args, name)
@@ -203,6 +208,9 @@ def check_args(args: Namespace) -> None:
     for name in ('lr', 'input_size', 'clip_grad', 'distillation_tau', 'eval_crop_ratio', 'decay_epochs'):
         value = getattr(args, name)
         require(value is None or 0 < value < math.inf, f'--{name.replace("_", "-")} {value}: choose a value above 0')
+    frequencies = args.oscillation_freezing or [0.5]
+    require(len(frequencies) <= 2 and all(0 < value < 1 for value in frequencies), '--oscillation-freezing '
+            + ' '.join(map(str, frequencies)) + ': choose one value between 0 and 1, or two')
     for name in ('num_classes', 'img_size'):
         require(name not in args.model_kwargs, f'--model-kwargs {name}: the class count follows from the data set, the '
                                                'image size from --input-size')

@@ -14,6 +14,7 @@ from torch import nn
 from _quan_base import clamp_steps_
 from checkpoints import load_quantized
 from optim import build_optimizer
+from oscillation import Oscillations
 from utils import DivergedError, UserError, plain_args, rng_states, set_rng_state
 
 # Flags that the learning rate of an epoch follows from.
@@ -41,6 +42,8 @@ class Training:
         epoch: the epoch in progress, or the next one.
         step: batches done of it. All of them: its evaluation is still due.
         max_accuracy: best top-1 so far, in percent; below 0 before the first evaluation.
+        oscillations: of the weights; None where they are left to themselves.
+        progress: share of the run that is done, in [0, 1], for what changes by the update.
     """
 
     model: nn.Module
@@ -52,6 +55,8 @@ class Training:
     epoch: int = 0
     step: int = 0
     max_accuracy: float = -1.
+    oscillations: Oscillations | None = None
+    progress: float = 0.
 
     def update(self, clip_grad: float | None) -> None:
         """One step of the optimizer by the gradients of the model, which are cleared."""
@@ -62,6 +67,8 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         clamp_steps_(self.model)
+        if self.oscillations is not None:
+            self.oscillations.update(self.progress)
         if self.ema is not None:
             self.ema.update(self.model)
 
@@ -91,6 +98,8 @@ class Training:
                  'max_accuracy': self.max_accuracy, 'rng': rng_states(self.device)}
         if self.ema is not None:
             state['model_ema'] = self.ema.module.state_dict()
+        if self.oscillations is not None:
+            state['oscillations'] = self.oscillations.state_dict()
         return state
 
     def resume(self, checkpoint: dict[str, Any], args: Namespace) -> list[str]:
@@ -138,6 +147,14 @@ class Training:
                 notes.append('model_ema: not in the checkpoint, the average starts from the model')
         elif checkpoint.get('model_ema'):
             notes.append('model_ema: not taken without --model-ema')
+        if self.oscillations is not None:
+            if checkpoint.get('oscillations'):
+                self.oscillations.load_state_dict(checkpoint['oscillations'])
+            else:
+                notes.append('oscillations: not in the checkpoint, their frequencies start from zero')
+        elif checkpoint.get('oscillations'):
+            notes.append('oscillations: not taken without --oscillation-dampening or --oscillation-freezing, frozen '
+                         'weights are free')
         if len(checkpoint.get('rng', ())) == args.world_size:
             set_rng_state(checkpoint['rng'][args.rank], self.device)
         else:
@@ -174,4 +191,7 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
-    return Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch)
+    oscillations = None
+    if args.oscillation_dampening or args.oscillation_freezing:
+        oscillations = Oscillations(model, args.oscillation_dampening, args.oscillation_freezing)
+    return Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import calibrate, clamp_steps_, is_calibrated
+from oscillation import Oscillations
 
 
 def worker(rank: int, folder: str, explicitly: bool) -> None:
@@ -27,15 +28,21 @@ def worker(rank: int, folder: str, explicitly: bool) -> None:
     parallel = DistributedDataParallel(model)
     calibrated = None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    oscillations = Oscillations(model, dampening=1., freezing=[0.015]) if explicitly else None
     for _ in range(5):
         optimizer.zero_grad()
         logits, dist_logits = parallel(images)
         calibrated = calibrated or copy.deepcopy(model.state_dict())
-        (F.cross_entropy(logits, labels) + F.cross_entropy(dist_logits, labels)).backward()
+        loss = F.cross_entropy(logits, labels) + F.cross_entropy(dist_logits, labels)
+        (loss + oscillations.dampening(1.) if explicitly else loss).backward()
         optimizer.step()
         clamp_steps_(model)
+        if explicitly:
+            oscillations.update(1.)
     assert is_calibrated(model)
-    torch.save({'calibrated': calibrated, 'trained': model.state_dict()}, f'{folder}/{rank}.pth')
+    torch.save({'calibrated': calibrated, 'trained': model.state_dict(),
+                'frozen': {name: state['frozen'] for name, state in oscillations.states.items()} if explicitly else {}},
+               f'{folder}/{rank}.pth')
     dist.destroy_process_group()
 
 
@@ -43,8 +50,9 @@ def worker(rank: int, folder: str, explicitly: bool) -> None:
 def test_ranks_with_different_data_hold_identical_parameters(tmp_path, explicitly):
     mp.spawn(worker, (str(tmp_path), explicitly), nprocs=2)
     first, second = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in range(2))
-    for moment in ('calibrated', 'trained'):
+    for moment in ('calibrated', 'trained', 'frozen'):
         for name, value in first[moment].items():
             assert torch.equal(value, second[moment][name]), (moment, name)
     steps = [name for name in first['trained'] if name.endswith('.alpha')]
     assert any(not torch.equal(first['calibrated'][name], first['trained'][name]) for name in steps)
+    assert not explicitly or any(frozen.any() for frozen in first['frozen'].values())
