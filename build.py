@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from _quan_base import calibrate, is_calibrated
 from calibration import calibrate_to_full_precision
-from checkpoints import create_from_checkpoint, load_full_precision, read_checkpoint
+from checkpoints import create_from_checkpoint, load_full_precision, load_quantized, read_checkpoint
 from datasets import SeededSamples, build_dataset, build_transform
 from losses import DistillationLoss, Teacher, check_dgd_compatible
 from quant_vision_transformer import QVisionTransformer
@@ -120,6 +120,9 @@ def _teacher_from_file(args: Namespace, num_classes: int) -> nn.Module:
     head = checkpoint.get('model', checkpoint).get('head.weight')
     if head is not None:
         _check_classes(args, len(head), num_classes)
+    if isinstance(teacher, QVisionTransformer):
+        load_quantized(teacher, checkpoint)
+        return teacher
     for note in load_full_precision(teacher, checkpoint):
         print(f'teacher: {note}')
     return teacher

@@ -22,6 +22,7 @@ import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from _quan_base import ActQ, named_quantizers
 from utils import UserError
 
 __all__ = ['adapt_full_precision', 'create_from_checkpoint', 'description', 'load_full_precision', 'load_quantized',
@@ -182,7 +183,9 @@ def _refuse(missing: list[str], unexpected: list[str]) -> None:
 def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:
     """Starts a network from a DeiT checkpoint: distilled or not, of another class count or resolution.
 
-    The steps are left uncalibrated. A quantized checkpoint is taken too (4 -> 3 -> 2 bits), without its steps.
+    The steps are left uncalibrated. A quantized checkpoint is taken too, for a start with fewer bits (4 -> 3 -> 2): if
+    it describes its network, with its quantized weights, for these are what it computes with; latent weights carry
+    rounding errors that they never make. Biases and IRM come with them, steps do not. No cost in the network.
 
     Returns:
         What had to be adapted, a line each.
@@ -190,9 +193,26 @@ def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:
     Raises:
         UserError: tensors are missing, unexpected, or of another width; the message lists them.
     """
-    state, notes = _adapt(_state_dict(checkpoint), model)
+    given, notes = _of_more_bits(checkpoint) if 'qvit' in checkpoint else (_state_dict(checkpoint), [])
+    state, adapted = _adapt(given, model)
     model.load_state_dict(state)
-    return notes
+    return notes + adapted
+
+
+def _of_more_bits(checkpoint: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """The state of the network that the checkpoint describes, its weights quantized and nothing else; what to say."""
+    given = _state_dict(checkpoint)
+    if not any(map(_is_quantizer_entry, given)):
+        return given, []
+    source = create_from_checkpoint(checkpoint)
+    state = source.state_dict()
+    for name, layer in named_quantizers(source):
+        if not isinstance(layer, ActQ) and layer.calibrated:
+            state[f'{name}.weight'] = layer.quantized_weight()
+    bits = source.quant.weight_bits
+    return ({name: value for name, value in state.items() if not _is_quantizer_entry(name)},
+            [f'the checkpoint is quantized to {bits} bits: its quantized weights, biases and IRM are taken, steps are '
+             'to be calibrated anew'])
 
 
 def adapt_full_precision(state: dict, model: nn.Module) -> dict[str, Tensor]:
@@ -206,7 +226,9 @@ def adapt_full_precision(state: dict, model: nn.Module) -> dict[str, Tensor]:
 def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     own, notes = model.state_dict(), []
     if any(map(_is_quantizer_entry, given)):
-        notes.append('the checkpoint is quantized: its weights are taken, its steps are not')
+        notes.append('the checkpoint is quantized: its latent weights are taken, its steps are not')
+    if any('.norm_q.' in name for name in given) and hasattr(model, 'quant') and not model.quant.irm:
+        raise UserError('the checkpoint was made with irm=True: pass --model-kwargs irm=True')
     state = {name: value for name, value in given.items() if not _is_quantizer_entry(name)}
     prefix_tokens = 2 if 'dist_token' in state else 1
     if 'dist_token' in own and 'dist_token' not in state:

@@ -160,7 +160,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('run')
     add = group.add_argument
     add('--output_dir', '--output-dir', default='', help='for checkpoints, log.txt, args.json and TensorBoard')
-    add('--finetune', default='', metavar='FILE', help='full-precision checkpoint to start from')
+    add('--finetune', default='', metavar='FILE', help='checkpoint to start from: of full precision, or '
+        'quantized to more bits (4 -> 3 -> 2)')
     add('--resume', default='', metavar='FILE', help='checkpoint to continue; auto: that of --output_dir, if any')
     add('--start_epoch', '--start-epoch', default=0, type=int)
     add('--seed', default=0, type=int)

@@ -412,6 +412,32 @@ def test_weights_of_a_quantized_checkpoint_without_its_steps(changes):
     calibrate(model, images())
 
 
+def test_a_start_with_fewer_bits_takes_what_the_network_computes_with():
+    given, model = calibrated().double(), network(seed=1, weight_bits=3, act_bits=2).double()
+    with torch.no_grad():
+        for parameter in given.parameters():
+            parameter.add_(torch.rand_like(parameter), alpha=0.05)
+        given.blocks[0].mlp.fc1.weight[0, 0] = 100.  # beyond the range: it never counts with more than its end
+    about = description(NAME, SMALL, num_classes=10, input_size=32)
+    notes = load_full_precision(model, {'model': given.float().state_dict(), 'qvit': about})
+    given.double()
+    assert len(notes) == 1 and 'quantized to 4 bits' in notes[0]
+    assert_uncalibrated(model)
+    loaded, weights = model.state_dict(), set()
+    for name, layer in named_quantizers(given):
+        if hasattr(layer, 'weight'):
+            weights.add(f'{name}.weight')
+            torch.testing.assert_close(loaded[f'{name}.weight'], layer.quantized_weight(), rtol=0, atol=1e-6)
+    assert loaded['blocks.0.mlp.fc1.weight'][0, 0] < 1.
+    for name, value in given.state_dict().items():
+        if name not in weights and name.rpartition('.')[2] not in ('alpha', 'zero_point', 'init_state', 'signed'):
+            assert torch.equal(loaded[name], value), name
+    assert not torch.equal(loaded['blocks.1.attn.norm_k.bias'], torch.zeros(16).double())
+    # A network without IRM has no place for it.
+    message = message_of(load_full_precision, network(irm=False), {'model': given.float().state_dict(), 'qvit': about})
+    assert message.endswith('irm=True: pass --model-kwargs irm=True')
+
+
 def test_a_calibrated_network_loses_its_steps():
     model = calibrated()
     load_full_precision(model, full_precision())

@@ -95,6 +95,31 @@ def test_tensorboard(student):
     assert events.Scalars('clipped/blocks.0.mlp.fc1')[-1].value == pytest.approx(outside.float().mean().item())
 
 
+def test_descent_to_fewer_bits(student, tmp_path, capsys, monkeypatch):
+    """A quantized network is start and teacher."""
+    four = student / 'best_checkpoint.pth'
+    assert run('--eval', '--resume', four, '--num_workers', 0, '--device', 'cpu') == 0
+    accuracy = re.search(r'\* Acc@1 \S+', capsys.readouterr().out)[0]
+    assert run(*TINY, '--epochs', 1, '--model', 'threebits_deit_tiny_patch16_224', '--finetune', four, '--teacher-path',
+               four, '--distillation-type', 'both', '--token-weight', '0.5', '--output_dir', tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count('--finetune: the checkpoint is quantized to 4 bits') == 1 and '--calibration mse' in said
+    assert accuracy in said  # of the teacher, with its own steps
+    model = create_from_checkpoint(read_checkpoint(tmp_path / 'checkpoint.pth'))
+    assert model.quant.weight_bits == 3 and is_calibrated(model)
+
+    # A file that does not describe its network, as a teacher.
+    source = create_from_checkpoint(read_checkpoint(four))
+    torch.save({'model': source.state_dict()}, tmp_path / 'bare.pth')
+    monkeypatch.setattr(build, '_create', lambda *_: timm.create_model(
+        'fourbits_deit_tiny_patch16_224', img_size=16, num_classes=10, embed_dim=24, depth=2,
+        num_heads=2, patch_size=8))
+    args = main.parse_args(['--distillation-type', 'soft', '--teacher-model', 'fourbits_deit_tiny_patch16_224',
+                            '--teacher-path', str(tmp_path / 'bare.pth'), '--input-size', '16'])
+    teacher, images = build.build_teacher(args, 10).eval(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(teacher(images), source.eval()(images))
+
+
 def test_evaluation_needs_the_file_only(student, capsys):
     log = [json.loads(text) for text in (student / 'log.txt').read_text().splitlines()]
     assert run('--eval', '--resume', student / 'checkpoint.pth', '--model-ema', '--num_workers', 0) == 0
