@@ -15,8 +15,8 @@ from torch import Tensor
 
 from _lsq import LSQ, code_range, codes, fake_quantize, min_step, quantized_linear
 
-__all__ = ['ActQ', 'Conv2dQ', 'LinearQ', 'Rule', 'UncalibratedError', 'calibrate', 'clamp_steps_', 'first_batch_rule',
-           'is_calibrated', 'named_quantizers']
+__all__ = ['ActQ', 'Conv2dQ', 'LinearQ', 'Rule', 'UncalibratedError', 'block_weights', 'calibrate', 'clamp_steps_',
+           'first_batch_rule', 'is_calibrated', 'named_quantizers']
 
 SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
 
@@ -307,6 +307,12 @@ def _checked_bits(bits: int) -> int:
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActQ | LinearQ | Conv2dQ]]:
     """(name, module) of every module that holds a step, in the order of registration."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, _Calibrated))
+
+
+def block_weights(model: nn.Module) -> dict[str, LinearQ | Conv2dQ]:
+    """By name, the layers whose weights have fewer than 8 bits: all but patch embedding and heads."""
+    return {name: module for name, module in named_quantizers(model)
+            if isinstance(module, _WeightQuantized) and module.weight_bits < 8}
 
 
 def is_calibrated(model: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from datasets import DATASETS
 from engine import AMP_DTYPES
 from losses import DISTILLATION_TYPES
 from optim import build_optimizer
+from statistical_steps import WEIGHT_STEPS
 from utils import UserError, closest
 
 __all__ = ['DEFAULT_MODEL', 'DEFAULT_SIZE', 'check_args', 'get_args_parser', 'parse_args']
@@ -94,6 +95,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--momentum', default=0.9, type=float)
     add('--weight-decay', default=0.05, type=float)
     add('--step-lr-scale', default=1., type=float, help='learning rate of the steps and zero points, in units of --lr')
+    add('--weight-step', default='learned', choices=WEIGHT_STEPS, help="steps of the blocks' weights: learned, 2 "
+        'mean|w| / 2^(bits - 1) after every update, or the calibrated multiple of mean|w|')
     add('--oscillation-dampening', default=0., type=float, metavar='W',
         help='final weight of a loss that pulls weights to the centres of their codes')
     add('--oscillation-freezing', type=float, nargs='+', metavar='F', help='freeze weights whose codes go back and '

@@ -136,7 +136,8 @@ def run_training(args: Namespace) -> None:
     utils.seed_everything(args.seed + args.rank)
     if not is_calibrated(model):
         build.calibrate_student(args, model, dataset_train, sampler)
-    network, training = build.wrap(args, model, device), build_training(args, model, device)
+    training = build_training(args, model, device)
+    network = build.wrap(args, model, device)  # now, with the parameters that are trained
     args.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f'number of params: {args.n_parameters}')
     if checkpoint:

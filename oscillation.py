@@ -22,14 +22,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from _quan_base import ActQ, named_quantizers
+from _quan_base import block_weights
 from utils import UserError
 
 __all__ = ['OSCILLATING', 'Oscillations']
 
 MOMENTUM = 0.01  # of the averages: they look back over some 100 updates
 OSCILLATING = 0.005  # the frequency from which the paper counts a weight as oscillating
-EDGE_BITS = 8
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
@@ -59,11 +58,10 @@ class Oscillations:
 
     def __init__(self, model: nn.Module, dampening: float = 0., freezing: Sequence[float] | None = None,
                  momentum: float = MOMENTUM) -> None:
-        self.layers = {name: layer for name, layer in named_quantizers(model)
-                       if not isinstance(layer, ActQ) and layer.weight_bits < EDGE_BITS}
+        self.layers = block_weights(model)
         if not self.layers:
-            raise UserError(f'{type(model).__name__} has no weights of fewer than {EDGE_BITS} bits that could '
-                            'oscillate: leave out the --oscillation flags')
+            raise UserError(f'{type(model).__name__} has no weights of fewer than 8 bits that could oscillate: '
+                            'leave out the --oscillation flags')
         self.weight, self.freezing, self.momentum = dampening, tuple(freezing or ()), momentum
         self.states = {name: self._start(layer.to_int()) for name, layer in self.layers.items()}
 

@@ -15,6 +15,7 @@ from _quan_base import clamp_steps_
 from checkpoints import load_quantized
 from optim import build_optimizer
 from oscillation import Oscillations
+from statistical_steps import StatisticalSteps
 from utils import DivergedError, UserError, plain_args, rng_states, set_rng_state
 
 # Flags that the learning rate of an epoch follows from.
@@ -43,6 +44,7 @@ class Training:
         step: batches done of it. All of them: its evaluation is still due.
         max_accuracy: best top-1 so far, in percent; below 0 before the first evaluation.
         oscillations: of the weights; None where they are left to themselves.
+        statistical_steps: of the weights; None where steps are learned.
         progress: share of the run that is done, in [0, 1], for what changes by the update.
     """
 
@@ -56,6 +58,7 @@ class Training:
     step: int = 0
     max_accuracy: float = -1.
     oscillations: Oscillations | None = None
+    statistical_steps: StatisticalSteps | None = None
     progress: float = 0.
 
     def update(self, clip_grad: float | None) -> None:
@@ -67,6 +70,8 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         clamp_steps_(self.model)
+        if self.statistical_steps is not None:
+            self.statistical_steps.set_()
         if self.oscillations is not None:
             self.oscillations.update(self.progress)
         if self.ema is not None:
@@ -100,6 +105,8 @@ class Training:
             state['model_ema'] = self.ema.module.state_dict()
         if self.oscillations is not None:
             state['oscillations'] = self.oscillations.state_dict()
+        if self.statistical_steps is not None:
+            state['statistical_steps'] = self.statistical_steps.state_dict()
         return state
 
     def resume(self, checkpoint: dict[str, Any], args: Namespace) -> list[str]:
@@ -155,6 +162,8 @@ class Training:
         elif checkpoint.get('oscillations'):
             notes.append('oscillations: not taken without --oscillation-dampening or --oscillation-freezing, frozen '
                          'weights are free')
+        if self.statistical_steps is not None and checkpoint.get('statistical_steps'):
+            self.statistical_steps.load_state_dict(checkpoint['statistical_steps'])
         if len(checkpoint.get('rng', ())) == args.world_size:
             set_rng_state(checkpoint['rng'][args.rank], self.device)
         else:
@@ -183,7 +192,10 @@ def _changed(names: Iterable[str], saved: dict[str, Any], args: Namespace) -> li
 
 
 def build_training(args: Namespace, model: nn.Module, device: torch.device) -> Training:
-    """The state at the start of `--start_epoch`, for a calibrated model on its device."""
+    """The state at the start of `--start_epoch`, for a calibrated model on its device, not wrapped yet."""
+    steps = None if args.weight_step == 'learned' else StatisticalSteps(model, args.weight_step)
+    if steps is not None and not args.resume:  # a network that is resumed has them
+        steps.set_()
     optimizer = build_optimizer(Namespace(**vars(args) | {'lr': args.scaled_lr}), model)
     scheduler = build_scheduler(args, optimizer)
     if args.start_epoch:
@@ -194,4 +206,5 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
     oscillations = None
     if args.oscillation_dampening or args.oscillation_freezing:
         oscillations = Oscillations(model, args.oscillation_dampening, args.oscillation_freezing)
-    return Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations)
+    return Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations,
+                    statistical_steps=steps)
