@@ -19,11 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from _quan_base import ActQ, named_quantizers
 from checkpoints import write_checkpoint
+from diagnostics import Diagnostics, warning_lines
 from losses import DistillationLoss, Teacher
 from model_card import write_model_card
-from quant_vision_transformer import QAttention
 from samplers import ResumableSampler
 from training import Training
 from utils import DivergedError, MetricLogger, StopRequest, any_rank, keep_log_before
@@ -191,57 +190,6 @@ def write_epoch(writer: SummaryWriter, test_stats: dict[str, float], quantizers:
     writer.flush()
 
 
-# --- quantizers in the log --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def quantizer_statistics(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
-    """Mean step, mean zero point and share of clipped values of every quantizer, by its name.
-
-    One forward in evaluation mode, with hooks; a layer appears as `<layer>` (weight) and `<layer>.act` (input).
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    names = {module: name for name, module in model.named_modules()}
-
-    def note(name: str, quantizer: nn.Module, x: Tensor) -> None:
-        axis = 0 if not isinstance(quantizer, ActQ) else 1 if x.ndim == 4 else x.ndim - 1
-        shape = [-1 if i == axis else 1 for i in range(x.ndim)]
-        position = x / quantizer.alpha.view(shape)
-        found[name] = {'step': quantizer.alpha.mean()}
-        if isinstance(quantizer, ActQ):
-            position = position + quantizer.zero_point.round().view(shape)
-            found[name]['zero_point'] = quantizer.zero_point.mean()
-        low, high = quantizer.code_range
-        found[name]['clipped'] = ((position < low) | (position > high)).float().mean()
-
-    def of_layer(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        note(names[layer], layer, layer.weight)
-        note(names[layer.act], layer.act, inputs[0])
-
-    def of_attention(attention: QAttention, inputs: tuple[Tensor, ...], output: tuple) -> None:
-        _, (q, k) = output                                                                       # (B, H, N, d) each
-        v = attention.qkv(inputs[0])[..., 2 * attention.num_heads * attention.head_dim:]         # (B, N, H d)
-        v = v.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)           # (B, H, N, d)
-        probabilities = (attention.q_act(q) @ attention.k_act(k).mT * attention.scale).softmax(dim=-1)
-        for name, x in (('q_act', q), ('k_act', k), ('v_act', v), ('attn_act', probabilities)):
-            note(f'{names[attention]}.{name}', getattr(attention, name), x)
-
-    hooks = [module.register_forward_hook(of_layer) for _, module in named_quantizers(model)
-             if not isinstance(module, ActQ)]
-    hooks += [module.register_forward_hook(of_attention) for module in model.modules()
-              if isinstance(module, QAttention) and module.quantize_attn]
-    was_training = model.training
-    try:
-        model.eval().forward(images)  # not __call__, which may be compiled without the hooks
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    measured = [value for entry in found.values() for value in entry.values()]
-    values = iter(torch.stack(measured).tolist() if measured else [])
-    return {name: {what: next(values) for what in entry} for name, entry in found.items()}
-
-
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
@@ -260,12 +208,12 @@ def fit(
     """
     output = Path(args.output_dir) if args.output_dir and args.rank == 0 else None
     batches = len(sampler.sampler) // args.batch_size
-    writer = probe = None
+    writer = diagnostics = None
     if output:
         keep_log_before(output / 'log.txt', training.epoch)
         writer = SummaryWriter(str(output / 'tensorboard'), purge_step=training.epoch * batches + training.step + 1)
         images = [loader_val.dataset[index][0] for index in range(min(16, len(loader_val.dataset)))]
-        probe = torch.stack(images).to(training.device)
+        diagnostics = Diagnostics(training.model, torch.stack(images).to(training.device), training.oscillations)
 
     def save(*names: str) -> None:
         if args.output_dir:
@@ -294,7 +242,10 @@ def fit(
             stats = {f'train_{name}': value for name, value in train_stats.items()} | test_stats
             with (output / 'log.txt').open('a') as log:
                 log.write(json.dumps(stats | {'epoch': epoch, 'n_parameters': args.n_parameters}) + '\n')
-            write_epoch(writer, test_stats, quantizer_statistics(training.model, probe), training.epoch * batches)
+            quantizers = diagnostics.measure()
+            write_epoch(writer, test_stats, quantizers, training.epoch * batches)
+            for line in warning_lines(training.model, quantizers, training.epoch / args.epochs):
+                print(line)
         save(*(['best_checkpoint.pth'] if is_best else []), 'checkpoint.pth')
         if output:
             write_model_card(output, training.model, about, args, images=len(loader_val.dataset))

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from _quan_base import ActQ, named_quantizers
-from engine import quantizer_statistics
+from diagnostics import entropy, quantizer_statistics
 from quant_vision_transformer import QAttention, QVisionTransformer
 from utils import UserError
 
 __all__ = ['AttentionInputs', 'CodeUsage', 'Distribution', 'Stages', 'attention_distance', 'attention_distances',
            'attention_inputs', 'attention_probabilities', 'class_token_maps', 'code_distribution', 'code_usage',
-           'entropy', 'qk_distributions', 'read_log', 'value_distribution']
+           'qk_distributions', 'read_log', 'value_distribution']
 
 IMAGES_AT_A_TIME = 16
 HISTOGRAM_BINS = 64
@@ -173,12 +173,6 @@ class Distribution(NamedTuple):
     heights: np.ndarray
     entropy: float
     bits: int | None
-
-
-def entropy(shares: np.ndarray) -> float:
-    """-sum p log2 p, in bits."""
-    shares = shares[shares > 0]
-    return float(-(shares * np.log2(shares)).sum()) + 0.  # + 0: not -0 for a single code
 
 
 def value_distribution(values: Tensor, bins: int = HISTOGRAM_BINS) -> Distribution:

@@ -13,9 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import build
-import engine
 import main
-from _quan_base import calibrate
 from checkpoints import read_checkpoint
 from engine import evaluate, train_one_epoch
 from training import Training, build_training
@@ -202,22 +200,3 @@ def test_signals_end_no_step():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_statistics_of_quantizers_leave_the_model_as_it_was():
-    args = Namespace(model='fourbits_deit_tiny_patch16_224', input_size=16, drop=0., drop_path=0.,
-                     model_kwargs={'embed_dim': 24, 'depth': 1, 'num_heads': 2, 'patch_size': 8})
-    model = build.build_student(args, 10)
-    images = torch.randn(4, 3, 16, 16)
-    calibrate(model, images)
-    with torch.no_grad():
-        model.blocks[0].attn.attn_act.alpha.fill_(1e-4)  # 15 codes reach 0.0015: every probability is clipped
-        model.blocks[0].attn.attn_act.zero_point.zero_()
-        model.head.act.alpha.fill_(100.)
-        model.head.act.zero_point.zero_()
-    model.train()
-    found = engine.quantizer_statistics(model, images)
-    assert found['blocks.0.attn.attn_act'] == {'step': pytest.approx(1e-4), 'zero_point': 0, 'clipped': 1}
-    assert found['head.act'] == {'step': 100, 'zero_point': 0, 'clipped': 0}
-    assert 'zero_point' not in found['head']
-    assert model.training and not any(module._forward_hooks for module in model.modules())

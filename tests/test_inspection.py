@@ -12,6 +12,7 @@ from torch import nn
 import models  # noqa: F401  registers the full-precision networks
 import quant_vision_transformer  # noqa: F401  registers the quantized ones
 from _quan_base import calibrate, named_quantizers
+from diagnostics import entropy
 from inspection import (
     attention_distance,
     attention_distances,
@@ -20,7 +21,6 @@ from inspection import (
     class_token_maps,
     code_distribution,
     code_usage,
-    entropy,
     qk_distributions,
     read_log,
     value_distribution,
