@@ -23,6 +23,7 @@ from datasets import SeededSamples, build_dataset, build_transform
 from losses import DistillationLoss, Teacher, check_dgd_compatible
 from quant_vision_transformer import QVisionTransformer
 from samplers import ExactEvalSampler, ResumableSampler, build_train_sampler
+from stored_labels import StoredCrops, StoredLabels
 from utils import UserError, outlive_signals
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def build_teacher(args: Namespace, num_classes: int) -> nn.Module | None:
     Raises:
         UserError: its weights cannot be had, or it is for other images or classes.
     """
-    if args.distillation_type == 'none' and not args.dgd_weight and not args.token_weight:
+    if args.distillation_type == 'none' and not args.dgd_weight and not args.token_weight or args.soft_labels:
         return None
     teacher = _teacher_from_file(args, num_classes) if args.teacher_path else _pretrained_teacher(args, num_classes)
     if not is_calibrated(teacher):
@@ -169,7 +170,8 @@ def build_criterion(args: Namespace, student: nn.Module, teacher: nn.Module | No
                             'width, pass 0 or choose another teacher')
     wrapped = None if teacher is None else Teacher(teacher, return_qk=weight > 0)
     return DistillationLoss(base, wrapped, args.distillation_type, args.distillation_alpha, args.distillation_tau,
-                            weight, getattr(student, 'num_prefix_tokens', 1), args.token_weight, student)
+                            weight, getattr(student, 'num_prefix_tokens', 1), args.token_weight, student,
+                            stored_labels=bool(args.soft_labels))
 
 
 def wrap(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
@@ -220,6 +222,9 @@ def build_datasets(args: Namespace) -> tuple[Dataset | None, Dataset, int]:
             return None, *build_dataset(False, args)
         train, num_classes = build_dataset(True, args)
         args.nb_classes = num_classes
+        if args.soft_labels:
+            train = StoredCrops(train, StoredLabels.read(args.soft_labels), args.input_size)
+            print(f'--soft-labels {args.soft_labels}: {train.stored}; without further augmentation')
         return SeededSamples(train), build_dataset(False, args)[0], num_classes
 
 

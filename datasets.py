@@ -163,7 +163,8 @@ def _fixed_crop(args: Any) -> list[Callable]:
     return [transforms.Resize(resized, interpolation=_BICUBIC), transforms.CenterCrop(size)]
 
 
-def _normalized() -> list[Callable]:
+def normalized() -> list[Callable]:
+    """From a PIL image to what networks take."""
     return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
 
 
@@ -173,7 +174,7 @@ def _digits_transform(is_train: bool, size: int) -> transforms.Compose:
         degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08), interpolation=transforms.InterpolationMode.BILINEAR
     )
     resized = transforms.Resize((size, size), interpolation=_BICUBIC)
-    return transforms.Compose([resized, *([moved] if is_train else []), *_normalized()])
+    return transforms.Compose([resized, *([moved] if is_train else []), *normalized()])
 
 
 def build_transform(is_train: bool, args: Any) -> transforms.Compose:
@@ -190,7 +191,7 @@ def build_transform(is_train: bool, args: Any) -> transforms.Compose:
     if args.data_set == 'DIGITS':
         return _digits_transform(is_train, args.input_size)
     if not is_train:
-        return transforms.Compose([*_fixed_crop(args), *_normalized()])
+        return transforms.Compose([*_fixed_crop(args), *normalized()])
 
     if args.train_interpolation not in ('random', 'bilinear', 'bicubic'):
         raise UserError(f'--train-interpolation {args.train_interpolation!r}: choose random, bilinear or bicubic')

@@ -135,6 +135,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('--teacher-model', help="timm's name, e.g. vit_deit_tiny_distilled_patch16_224")
     add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
+    add('--soft-labels', default='', metavar='FILE', help="a teacher's answers for crops of the training images, as "
+        'soft_labels.py stores them, instead of a teacher; no other augmentation applies')
     add('--distillation-type', default='none', choices=DISTILLATION_TYPES)
     add('--distillation-alpha', default=0.5, type=float)
     add('--distillation-tau', default=1.0, type=float)
@@ -236,7 +238,8 @@ def check_args(args: Namespace) -> None:
                                                               'choose one')
     require(not (args.resume and args.start_epoch), '--start_epoch: the checkpoint of --resume says the epoch')
     require(args.resume != 'auto' or bool(args.output_dir), '--resume auto looks into --output_dir: name it')
-    for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path)):
+    for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path),
+                       ('--soft-labels', args.soft_labels)):
         require(not path or path == 'auto' or path.startswith('https://') or os.path.isfile(path),
                 f'{flag} {path}: no such file')
     if args.eval:
@@ -245,7 +248,12 @@ def check_args(args: Namespace) -> None:
     weights = [f'--{name}-weight {weight}' for name, weight in (('dgd', args.dgd_weight), ('token', args.token_weight))
                if weight]
     distills = args.distillation_type != 'none' or bool(weights)
-    require(not distills or bool(args.teacher_model or args.teacher_path),
+    if args.soft_labels:
+        require(args.distillation_type != 'none', '--soft-labels: pass --distillation-type soft, hard or both')
+        require(not weights, ''.join(weights[:1]) + ' needs a teacher, not --soft-labels: choose one')
+        require(not (args.teacher_model or args.teacher_path), '--soft-labels stand in for a teacher: choose one')
+        require(not build.mixes(args), '--soft-labels are of single images: pass --mixup 0 --cutmix 0')
+    require(not distills or bool(args.teacher_model or args.teacher_path or args.soft_labels),
             (f'--distillation-type {args.distillation_type}' if args.distillation_type != 'none' else
              ''.join(weights[:1])) + ' needs a teacher: name it with --teacher-model, or give a '
             'self-describing checkpoint of it with --teacher-path')

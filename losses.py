@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from stored_labels import SoftLabels
 from utils import UserError
 
 __all__ = ['DISTILLATION_TYPES', 'DistillationLoss', 'Teacher', 'check_dgd_compatible',
@@ -262,6 +263,7 @@ class DistillationLoss(nn.Module):
         dgd_weight: weight of DGD; 0 leaves it out at no cost.
         student_prefix_tokens: class, distillation and register tokens of the student.
         token_weight: weight of token distillation, with `student`, whose blocks' outputs it reads.
+        stored_labels: the labels of every batch are `SoftLabels`: distillation needs no teacher.
 
     Raises:
         UserError: a value out of range, or a teacher that is missing.
@@ -270,7 +272,7 @@ class DistillationLoss(nn.Module):
     def __init__(
             self, base_criterion: nn.Module, teacher: Teacher | None, distillation_type: str, alpha: float, tau: float,
             dgd_weight: float, student_prefix_tokens: int = 2, token_weight: float = 0.,
-            student: nn.Module | None = None,
+            student: nn.Module | None = None, stored_labels: bool = False,
     ) -> None:
         super().__init__()
         if distillation_type not in DISTILLATION_TYPES:
@@ -281,7 +283,7 @@ class DistillationLoss(nn.Module):
             raise UserError(f'--distillation-tau {tau} is no temperature: choose a value above 0')
         if not dgd_weight >= 0:
             raise UserError(f'--dgd-weight {dgd_weight} is negative: choose 0 (off) or a value above')
-        if teacher is None and (distillation_type != 'none' or dgd_weight > 0):
+        if teacher is None and (distillation_type != 'none' and not stored_labels or dgd_weight > 0):
             raise UserError(f'--distillation-type {distillation_type} with --dgd-weight {dgd_weight} needs a teacher: '
                             'name one, or pass --distillation-type none --dgd-weight 0')
         assert dgd_weight == 0 or teacher.return_qk, 'DGD needs Teacher(..., return_qk=True)'
@@ -291,7 +293,8 @@ class DistillationLoss(nn.Module):
         self._outputs = [_BlockOutputs(net) for net in (student, teacher.model)] if token_weight else []
 
     def forward(
-            self, inputs: Tensor, outputs: Tensor | Pair, labels: Tensor, student_qk: Sequence[Pair] | None = None,
+            self, inputs: Tensor, outputs: Tensor | Pair, labels: Tensor | SoftLabels,
+            student_qk: Sequence[Pair] | None = None,
     ) -> dict[str, Tensor]:
         """Loss of one batch.
 
@@ -299,7 +302,7 @@ class DistillationLoss(nn.Module):
             inputs: the images that the student saw, (B, 3, H, W), after mixup and the like.
             outputs: logits (B, classes), or (logits, distillation logits) of a student with a distillation token.
                 Without distillation a pair counts by its mean, which is what evaluation uses.
-            labels: whatever the base criterion takes, (B,) or (B, classes).
+            labels: whatever the base criterion takes, (B,) or (B, classes); or `SoftLabels`, to distil from these.
             student_qk: per layer (q, k) of the student after rectification, each (B, heads, N, d); used by DGD alone.
 
         Returns:
@@ -311,7 +314,10 @@ class DistillationLoss(nn.Module):
         """
         is_pair = not isinstance(outputs, Tensor)
         if self.distillation_type != 'none' or self.dgd_weight > 0 or self.token_weight > 0:
-            teacher_logits, teacher_qk = self.teacher(inputs)
+            if isinstance(labels, SoftLabels):
+                teacher_logits, labels = labels.logits((outputs[0] if is_pair else outputs).shape[-1]), labels.labels
+            else:
+                teacher_logits, teacher_qk = self.teacher(inputs)
         parts = {}
         if self.distillation_type == 'none':
             logits = (outputs[0] + outputs[1]) / 2 if is_pair else outputs

@@ -99,8 +99,8 @@ def test_a_warning_names_the_worst_place_and_what_to_try():
     assert warning_lines(model, changed(q_act={'entropy': 1.2}, k_act={'entropy': 1.9}, attn_act={'entropy': 0.}), 1.
                          ) == ['warning: blocks.0.attn.q_act (and 1 more) uses 1.2 of 4 bits: try --calibration mse or '
                                'a lower --lr']
-    line, = warning_lines(model, changed(v_act={'clipped': 0.7}), 1.)
-    assert line.startswith('warning: blocks.0.attn.v_act clips 70% of its values: try --calibration mse')
+    line, = warning_lines(model, changed(v_act={'clipped': 0.8}), 1.)
+    assert line.startswith('warning: blocks.0.attn.v_act clips 80% of its values: try --calibration mse')
     line, = warning_lines(model, changed(fc2={'dead': 0.3}), 1.)
     assert line.startswith('warning: blocks.0.mlp.fc2 has one code only in 30% of its channels: try ')
     line, = warning_lines(model, changed(fc1={'oscillating': 0.4}), 1.)
@@ -111,15 +111,15 @@ def test_a_warning_names_the_worst_place_and_what_to_try():
 
 def test_a_run_writes_and_warns(tmp_path, capsys):
     """At a learning rate that ruins a network, without a teacher."""
-    assert run(*TINY, '--epochs', 2, '--lr', '3', '--output_dir', tmp_path) == 0
+    assert run(*TINY, '--epochs', 1, '--lr', '3', '--output_dir', tmp_path) == 0
     said = capsys.readouterr().out
-    assert 'warning: blocks.' in said and ': try ' in said and said.count('warning: ') <= 8
+    assert 'warning: blocks.' in said and ': try ' in said and said.count('warning: ') <= 4
     events = EventAccumulator(str(tmp_path / 'tensorboard'))
     events.Reload()
     tags = set(events.Tags()['scalars'])
     assert {'entropy/blocks.1.attn.q_act', 'entropy/blocks.0.attn.k_act', 'dead/blocks.0.mlp.fc1.act',
             'changed/blocks.0.mlp.fc1', 'clipped/head'} <= tags
-    assert len(events.Scalars('changed/blocks.0.mlp.fc1')) == 2
+    assert len(events.Scalars('changed/blocks.0.mlp.fc1')) == 1
 
     assert run(*TINY, '--epochs', 1, '--oscillation-freezing', '0.02', '--output_dir', tmp_path / 'tracked') == 0
     events = EventAccumulator(str(tmp_path / 'tracked/tensorboard'))
