@@ -168,7 +168,7 @@ def build_criterion(args: Namespace, student: nn.Module, teacher: nn.Module | No
         if not blocks[0] or blocks[0] != blocks[1]:
             raise UserError(f'--token-weight {args.token_weight}: the teacher differs from the student in depth or '
                             'width, pass 0 or choose another teacher')
-    wrapped = None if teacher is None else Teacher(teacher, return_qk=weight > 0)
+    wrapped = None if teacher is None else Teacher(teacher, return_qk=weight > 0, keep_tokens=args.token_weight > 0)
     return DistillationLoss(base, wrapped, args.distillation_type, args.distillation_alpha, args.distillation_tau,
                             weight, getattr(student, 'num_prefix_tokens', 1), args.token_weight, student,
                             stored_labels=bool(args.soft_labels))

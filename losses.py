@@ -28,6 +28,23 @@ Pair = tuple[Tensor, Tensor]
 DISTILLATION_TYPES = ('none', 'soft', 'hard', 'both')
 
 
+class _BlockOutputs:
+    """The tokens, (B, N, D), behind every block in a network's last forward, until they are taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tokens: deque[Tensor] = deque(maxlen=len(model.blocks))
+        for block in model.blocks:
+            block.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+        self._tokens.append(output if isinstance(output, Tensor) else output[0])
+
+    def take(self) -> list[Tensor]:
+        tokens = list(self._tokens)
+        self._tokens.clear()  # the loss alone keeps them alive
+        return tokens
+
+
 class Teacher:
     """A frozen full-precision network that gives logits and, if asked, the queries and keys of every layer.
 
@@ -37,13 +54,15 @@ class Teacher:
     Args:
         model: any classifier; with `return_qk` a timm vision transformer (or one with the same attention modules).
         return_qk: collect q and k by forward hooks. Without it no hook is placed.
+        keep_tokens: keep the blocks' outputs, too, for `take_tokens`.
 
     Raises:
         UserError: `return_qk` with a model whose blocks have no timm attention.
     """
 
-    def __init__(self, model: nn.Module, return_qk: bool) -> None:
+    def __init__(self, model: nn.Module, return_qk: bool, keep_tokens: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
+        self._tokens = _BlockOutputs(model) if keep_tokens else None
         self.return_qk = return_qk
         self.num_prefix_tokens: int = getattr(model, 'num_prefix_tokens', 1)
         self._captured: list[Tensor] = []  # q, k, q, k, ... in the order of the layers
@@ -72,6 +91,10 @@ class Teacher:
         if len(captured) != 2 * self._depth:
             raise UserError(_no_qk_message(self.model))
         return logits, list(zip(captured[::2], captured[1::2], strict=True))
+
+    def take_tokens(self) -> list[Tensor]:
+        """Of the last forward the outputs of every block, (B, N, D); given once."""
+        return self._tokens.take()
 
 
 def _timm_attentions(model: nn.Module) -> list[nn.Module] | None:
@@ -138,23 +161,6 @@ def distribution_guided_distillation(
             assert student.shape[:-1] == teacher.shape[:-1], (student.shape, teacher.shape)
             losses.append(_gram_distance(student, teacher).sum(dim=(0, 2)).mean())  # (L, B, H) -> (B,) -> ()
     return losses[0], losses[1]
-
-
-class _BlockOutputs:
-    """The tokens, (B, N, D), behind every block in a network's last forward, until they are taken."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._tokens: deque[Tensor] = deque(maxlen=len(model.blocks))
-        for block in model.blocks:
-            block.register_forward_hook(self._keep)
-
-    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        self._tokens.append(output if isinstance(output, Tensor) else output[0])
-
-    def take(self) -> list[Tensor]:
-        tokens = list(self._tokens)
-        self._tokens.clear()  # the loss alone keeps them alive
-        return tokens
 
 
 def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student_prefix_tokens: int,
@@ -262,7 +268,8 @@ class DistillationLoss(nn.Module):
         tau: temperature of soft distillation.
         dgd_weight: weight of DGD; 0 leaves it out at no cost.
         student_prefix_tokens: class, distillation and register tokens of the student.
-        token_weight: weight of token distillation, with `student`, whose blocks' outputs it reads.
+        token_weight: weight of token distillation, with `student`, whose blocks' outputs it reads, and a teacher that
+            keeps its own.
         stored_labels: the labels of every batch are `SoftLabels`: distillation needs no teacher.
 
     Raises:
@@ -290,7 +297,7 @@ class DistillationLoss(nn.Module):
         self.base_criterion, self.teacher, self.student_prefix_tokens = base_criterion, teacher, student_prefix_tokens
         self.distillation_type, self.alpha, self.tau, self.dgd_weight = distillation_type, alpha, tau, dgd_weight
         self.token_weight = token_weight
-        self._outputs = [_BlockOutputs(net) for net in (student, teacher.model)] if token_weight else []
+        self._student_tokens = _BlockOutputs(student) if token_weight else None
 
     def forward(
             self, inputs: Tensor, outputs: Tensor | Pair, labels: Tensor | SoftLabels,
@@ -337,7 +344,7 @@ class DistillationLoss(nn.Module):
                 student_qk, teacher_qk, self.student_prefix_tokens, self.teacher.num_prefix_tokens)
             loss = loss + self.dgd_weight * (parts['loss_dgd_q'] + parts['loss_dgd_k'])
         if self.token_weight > 0:
-            parts['loss_tokens'] = token_distance(*(outputs.take() for outputs in self._outputs),
+            parts['loss_tokens'] = token_distance(self._student_tokens.take(), self.teacher.take_tokens(),
                                                   self.student_prefix_tokens, self.teacher.num_prefix_tokens)
             loss = loss + self.token_weight * parts['loss_tokens']
         return {'loss': loss} | {name: part.detach() for name, part in parts.items()}

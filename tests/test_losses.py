@@ -279,7 +279,7 @@ def test_token_distance_by_hand():
 def test_tokens_are_those_of_the_batch_at_hand():
     teacher, student = tiny(PLAIN), tiny()
     student.set_distilled_training(True)
-    wrapped = Teacher(teacher, return_qk=False)
+    wrapped = Teacher(teacher, return_qk=False, keep_tokens=True)
     loss = DistillationLoss(nn.CrossEntropyLoss(), wrapped, 'both', 1., 1., 0., 2, 0.5, student)
     student.eval()(torch.randn(5, 3, 32, 32))  # an evaluation in between leaves nothing behind
     images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
