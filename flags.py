@@ -101,6 +101,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help='final weight of a loss that pulls weights to the centres of their codes')
     add('--oscillation-freezing', type=float, nargs='+', metavar='F', help='freeze weights whose codes go back and '
         'forth more often than this, in an average per update, e.g. 0.01; two values: at the start and at the end')
+    add('--confidence-annealing', type=float, nargs='+', metavar='RANGE', help='at the end of the run train only '
+        'weights this close to a border between codes, in steps, e.g. 0.1; a second value: the share of the run, else '
+        '0.1')
     add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
     add('--lr', default=5e-4, type=float, help='at 512 images per update; scaled in proportion to them')
     add('--lr-noise', type=float, nargs='+')
@@ -217,6 +220,9 @@ def check_args(args: Namespace) -> None:
     frequencies = args.oscillation_freezing or [0.5]
     require(len(frequencies) <= 2 and all(0 < value < 1 for value in frequencies), '--oscillation-freezing '
             + ' '.join(map(str, frequencies)) + ': choose one value between 0 and 1, or two')
+    near, *share = args.confidence_annealing or [0.1]
+    require(len(share) <= 1 and 0 < near < 0.5 and all(0 < value <= 1 for value in share), '--confidence-annealing '
+            + ' '.join(map(str, [near, *share])) + ': choose a range between 0 and 0.5, and a share of the run up to 1')
     for name in ('num_classes', 'img_size'):
         require(name not in args.model_kwargs, f'--model-kwargs {name}: the class count follows from the data set, the '
                                                'image size from --input-size')

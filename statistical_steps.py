@@ -3,14 +3,14 @@
 A learned step and the weights on its grid move against each other, which makes codes oscillate: OFQ (Liu et al., ICML
 2023, arXiv 2302.02210, StatsQ) takes the scale of a weight from its statistics. Implemented is, per output channel,
 
-    statistics      alpha = 2 mean|w| / 2^(bits - 1): the codes span 2 mean|w| to either side, as in StatsQ. The grid is
-                    that of the other steps here, with a code for 0; StatsQ's lies half a step beside it.
+    statistics      alpha = 2 mean|w| / 2^(bits - 1): the codes span 2 mean|w| to either side. That factor is this
+                    project's reading of the paper, on the grid of the other steps here, which has a code for 0.
     proportional    alpha = c mean|w|, with the c that calibration gave each channel: a variant of this project, which
                     keeps what a calibration has found.
 
 Both are set after every update of the optimizer; no gradient goes through the statistic. Patch embedding and heads (8
-bits) keep learned steps. The paper's queries and keys without oscillation (QKR) and its confidence-guided annealing
-are not implemented.
+bits) keep learned steps. The paper's confidence-guided annealing is in `confidence.py`; its reparametrised queries and
+keys (QKR) are not implemented.
 
 Cost: none in the deployed network, whose steps are numbers as ever. For each weight and update 2 operations.
 """

@@ -13,6 +13,7 @@ from torch import nn
 
 from _quan_base import clamp_steps_
 from checkpoints import load_quantized
+from confidence import ConfidenceAnnealing
 from optim import build_optimizer
 from oscillation import Oscillations
 from statistical_steps import StatisticalSteps
@@ -45,6 +46,7 @@ class Training:
         max_accuracy: best top-1 so far, in percent; below 0 before the first evaluation.
         oscillations: of the weights; None where they are left to themselves.
         statistical_steps: of the weights; None where steps are learned.
+        annealing: of the weights at the end of the run, if any.
         progress: share of the run that is done, in [0, 1], for what changes by the update.
     """
 
@@ -59,6 +61,7 @@ class Training:
     max_accuracy: float = -1.
     oscillations: Oscillations | None = None
     statistical_steps: StatisticalSteps | None = None
+    annealing: ConfidenceAnnealing | None = None
     progress: float = 0.
 
     def update(self, clip_grad: float | None) -> None:
@@ -74,6 +77,8 @@ class Training:
             self.statistical_steps.set_()
         if self.oscillations is not None:
             self.oscillations.update(self.progress)
+        if self.annealing is not None:
+            self.annealing.update(self.progress)
         if self.ema is not None:
             self.ema.update(self.model)
 
@@ -206,5 +211,6 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
     oscillations = None
     if args.oscillation_dampening or args.oscillation_freezing:
         oscillations = Oscillations(model, args.oscillation_dampening, args.oscillation_freezing)
+    annealing = ConfidenceAnnealing(model, *args.confidence_annealing) if args.confidence_annealing else None
     return Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations,
-                    statistical_steps=steps)
+                    statistical_steps=steps, annealing=annealing)
