@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['LSQ', 'cache_piece', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_linear', 'zero_outside_']
+__all__ = ['LSQ', 'cache_piece', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_linear',
+           'zero_outside_']
 
 
 class LSQ(NamedTuple):
