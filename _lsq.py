@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['LSQ', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_attention',
-           'quantized_linear', 'zero_outside_']
+__all__ = ['LSQ', 'cache_piece', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_linear',
+           'zero_outside_']
 
 
 class LSQ(NamedTuple):
@@ -44,39 +44,51 @@ def min_step(dtype: torch.dtype) -> float:
     return max(1e-8, torch.finfo(dtype).tiny)
 
 
-def _effective(q: LSQ) -> LSQ:
-    """The quantizer with a positive step and an integer zero point; both are straight-through for the gradient."""
+class _Grid(NamedTuple):
+    """A quantizer in use: a positive step, its reciprocal and an integer zero point, none with a gradient."""
+    step: Tensor
+    per_step: Tensor
+    zero: Tensor | None
+    qn: int
+    qp: int
+
+
+def _grid(q: LSQ) -> _Grid:
     step = q.step.detach().clamp_min(min_step(q.step.dtype))
-    return LSQ(step, None if q.zero is None else q.zero.detach().round(), q.qn, q.qp)
+    return _Grid(step, step.reciprocal(), None if q.zero is None else q.zero.detach().round(), q.qn, q.qp)
 
 
-def _positions(x: Tensor, q: LSQ) -> Tensor:
-    """x / alpha + z, a fresh tensor: where each value lies on the grid of codes, before clamping and rounding."""
-    position = x / q.step
-    return position if q.zero is None else position.add_(q.zero)
+def _positions(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
+    """x / alpha + z, in `out` or fresh: where each value lies on the grid of codes, before clamping and rounding.
+
+    By the reciprocal: on CPUs a division takes as long as two multiplications.
+    """
+    if q.zero is None:
+        return torch.mul(x, q.per_step, out=out)
+    if q.zero.shape[-1] > 1:
+        return torch.addcmul(q.zero, x, q.per_step, out=out)
+    return torch.mul(x, q.per_step, out=out).add_(q.zero)  # by heads: addcmul's loop over such is not vectorized
 
 
-def _dequantize_(codes: Tensor, q: LSQ) -> Tensor:
-    """(codes - z) * alpha, in place."""
-    if q.zero is not None:
-        codes = codes.sub_(q.zero)
-    return codes.mul_(q.step)
+def _centred_(codes: Tensor, q: _Grid) -> Tensor:
+    """codes - z, in place: x_hat in steps."""
+    return codes if q.zero is None else codes.sub_(q.zero)
 
 
-def _quantize(x: Tensor, q: LSQ) -> Tensor:
-    """x_hat."""
-    return _dequantize_(_positions(x, q).clamp_(q.qn, q.qp).round_(), q)
+def _in_steps(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
+    """x_hat / alpha, whole numbers, in `out` or fresh."""
+    return _centred_(_positions(x, q, out).clamp_(q.qn, q.qp).round_(), q)
 
 
-def _positions_and_values(x: Tensor, q: LSQ) -> tuple[Tensor, Tensor]:
-    """x / alpha + z and x_hat."""
-    position = _positions(x, q)
-    return position, _dequantize_(position.clamp(q.qn, q.qp).round_(), q)
+def _positions_and_steps(x: Tensor, q: _Grid, outs: tuple[Tensor | None, ...] = (None, None)) -> tuple[Tensor, Tensor]:
+    """x / alpha + z and x_hat / alpha, in `outs` or fresh."""
+    position = _positions(x, q, outs[0])
+    return position, _centred_(torch.clamp(position, q.qn, q.qp, out=outs[1]).round_(), q)
 
 
 def codes(x: Tensor, q: LSQ) -> Tensor:
     """The integer codes of x, int32, in [qn, qp]."""
-    return _positions(x, _effective(q)).clamp_(q.qn, q.qp).round_().to(torch.int32)
+    return _positions(x, _grid(q)).clamp_(q.qn, q.qp).round_().to(torch.int32)
 
 
 def fake_quantize(x: Tensor, q: LSQ) -> Tensor:
@@ -84,26 +96,33 @@ def fake_quantize(x: Tensor, q: LSQ) -> Tensor:
     return _FakeQuantize.apply(x, *q)
 
 
-def _lsq_backward_(grad: Tensor, x: Tensor, position: Tensor, x_hat: Tensor, q: LSQ,
-                   numel: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, alpha and z from `grad`, that of x_hat. `grad` and `x_hat` are used up: large tensors are dear.
+def _lsq_backward_(grad: Tensor, position: Tensor, steps: Tensor, q: _Grid) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of x from `grad`, that of x_hat, and sums for `_step_gradients`, of the whole tensor or a piece.
 
-    dx = grad inside the range and 0 outside. Summed over a channel, dalpha = (grad x_hat - dx x) / alpha and
-    dz = (dx - grad) alpha, both times 1 / sqrt(numel * qp), where x is all of the quantized tensor's `numel` values or
-    a piece of them.
+    With p = x / alpha + z (`position`) and c = x_hat / alpha (`steps`), dx is grad inside the range and 0 outside; the
+    sums over a channel are those of grad c - dx p, dx and grad. `grad` and `steps` are used up: memory is dear.
     """
-    grad, scale = grad.to(position.dtype), (numel * q.qp) ** -0.5
-    grad_sum = None if q.zero is None else grad.sum_to_size(q.zero.shape)
-    terms = x_hat.mul_(grad)
+    grad = grad.to(position.dtype)
+    terms = steps.mul_(grad)
+    grad_sums = [] if q.zero is None else [grad.sum_to_size(q.zero.shape)]
     grad_x = zero_outside_(grad, position, *_borders(q, position.dtype))
-    grad_step = terms.addcmul_(grad_x, x.to(position.dtype), value=-1).sum_to_size(q.step.shape) / q.step * scale
+    inside_sums = [] if q.zero is None else [grad_x.sum_to_size(q.zero.shape)]
+    return grad_x, [terms.addcmul_(grad_x, position, value=-1).sum_to_size(q.step.shape), *inside_sums, *grad_sums]
+
+
+def _step_gradients(sums: list[Tensor], q: _Grid, numel: int) -> tuple[Tensor, Tensor | None]:
+    """Gradients of alpha and z from `_lsq_backward_`'s sums over the quantized tensor of `numel` values.
+
+    dalpha = sum grad c - dx (p - z) and dz = sum (dx - grad) alpha, both times 1 / sqrt(numel * qp).
+    """
+    scale = (numel * q.qp) ** -0.5
     if q.zero is None:
-        return grad_x.to(x.dtype), grad_step, None
-    grad_zero = (grad_x.sum_to_size(q.zero.shape) - grad_sum) * q.step * scale
-    return grad_x.to(x.dtype), grad_step, grad_zero
+        return sums[0] * scale, None
+    terms, inside, grad = sums
+    return (terms + q.zero * inside) * scale, (inside - grad) * q.step * scale
 
 
-def _borders(q: LSQ, dtype: torch.dtype) -> tuple[float, float]:
+def _borders(q: _Grid, dtype: torch.dtype) -> tuple[float, float]:
     """The range of codes, wider by the smallest of margins: a value on its border is inside."""
     info = torch.finfo(dtype)
     return q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
@@ -125,22 +144,24 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, step, zero, qn, qp):
         ctx.code_range = qn, qp
         ctx.save_for_backward(x, step, zero)
-        return _quantize(x, _effective(LSQ(step, zero, qn, qp)))
+        q = _grid(LSQ(step, zero, qn, qp))
+        return _in_steps(x, q).mul_(q.step)
 
     @staticmethod
     def backward(ctx, grad):
         x, step, zero = ctx.saved_tensors
-        q = _effective(LSQ(step, zero, *ctx.code_range))
-        return *_lsq_backward_(grad.clone(), x, *_positions_and_values(x, q), q, x.numel()), None, None
+        q = _grid(LSQ(step, zero, *ctx.code_range))
+        grad_x, sums = _lsq_backward_(grad.clone(), *_positions_and_steps(x, q), q)
+        return grad_x.to(x.dtype), *_step_gradients(sums, q, x.numel()), None, None
 
 
 # --- products of quantized operands -----------------------------------------------------------------------------------
 
 
-PIECE_BYTES = 5 << 19
+PIECE_BYTES = 1 << 19
 
 
-def _piece(items: int, numel: int, like: Tensor) -> int:
+def cache_piece(items: int, numel: int, like: Tensor) -> int:
     """How many of a batch's items to compute at a time, with `numel` values each in the largest temporary.
 
     A pass over a piece that stays in a CPU's cache is several times faster than one over all the batch. GPUs and the
@@ -150,6 +171,13 @@ def _piece(items: int, numel: int, like: Tensor) -> int:
         return items
     most = max(1, PIECE_BYTES // max(1, numel * like.element_size()))
     return math.ceil(items / math.ceil(items / most)) if items else 1  # pieces of equal size
+
+
+def _product_dtype(x: Tensor, step: Tensor) -> torch.dtype:
+    """Of a matrix product with the quantized x: as autocast would choose."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.promote_types(
+        x.dtype, step.dtype)
 
 
 def quantized_linear(x: Tensor, weight: Tensor, qx: LSQ, qw: LSQ, bias: Tensor | None = None,
@@ -175,31 +203,69 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat):
         ctx.x_range, ctx.w_range, ctx.has_bias = x_range, w_range, bias is not None
         ctx.save_for_backward(x, weight, x_step, x_zero, w_step)
+        qx = _grid(LSQ(x_step, x_zero, *x_range))
         if w_hat is None:
-            w_hat = _quantize(weight, _effective(LSQ(w_step, None, *w_range)))
-        return F.linear(_quantize(x, _effective(LSQ(x_step, x_zero, *x_range))), w_hat, bias)
+            qw = _grid(LSQ(w_step, None, *w_range))
+            w_hat = _in_steps(weight, qw).mul_(qw.step)
+        w_scaled = w_hat * qx.step  # x_hat @ w_hat^T with the steps of x in the smaller operand
+        rows = x.flatten(0, -2)  # (M, K)
+        size, out = cache_piece(len(rows), rows.shape[-1], x), None
+        if size >= len(rows):
+            out = F.linear(_in_steps(rows, qx), w_scaled, bias)
+        else:
+            dtype = _product_dtype(x, x_step)
+            out, w_t = rows.new_empty(len(rows), len(weight), dtype=dtype), w_scaled.to(dtype).t()
+            bias = rows.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
+            scratch = _Scratch(True)
+            for x_piece, out_piece in _split(size, rows, out):
+                steps = _in_steps(x_piece, qx, scratch('steps', x_piece, x_step.dtype))
+                torch.addmm(bias, steps.to(dtype), w_t, out=out_piece)
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, x_step, x_zero, w_step = ctx.saved_tensors
-        qx, qw = _effective(LSQ(x_step, x_zero, *ctx.x_range)), _effective(LSQ(w_step, None, *ctx.w_range))
-        position_w, w_hat = _positions_and_values(weight, qw)
+        qx, qw = _grid(LSQ(x_step, x_zero, *ctx.x_range)), _grid(LSQ(w_step, None, *ctx.w_range))
+        position_w, steps_w = _positions_and_steps(weight, qw)
+        w_hat = steps_w * qw.step
         w_half = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
         rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)                        # (M, N), (M, K)
-        size = _piece(len(rows), x_rows.shape[-1], x)
-        grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if size < len(rows) else None
-        grad_w_hat, sums = None, []
+        size = cache_piece(len(rows), x_rows.shape[-1], x)
+        scratch, grad_w_hat, sums = _Scratch(size < len(rows)), None, []
+        grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if scratch.used else None
         for g, x_piece, out in _split(size, rows, x_rows, grad_x):
-            position, x_hat = _positions_and_values(x_piece, qx)
-            x_half = x_hat.to(g.dtype)
-            grad_w_hat = g.mT @ x_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, x_half)
-            grad_piece, *grads = _lsq_backward_(_into(out, g, w_half), x_piece, position, x_hat, qx, x.numel())
-            sums.append(grads)
-        grad_x_step, grad_x_zero = _total(sums)
-        grad_w, grad_w_step, _ = _lsq_backward_(grad_w_hat, weight, position_w, w_hat, qw, weight.numel())
-        grad_x = (grad_piece if grad_x is None else grad_x.to(x.dtype)).view(x.shape)
-        return (grad_x, grad_w, rows.sum(0) if ctx.has_bias else None, grad_x_step, grad_x_zero, grad_w_step,
-                None, None, None)
+            position, steps = _positions_and_steps(x_piece, qx, scratch.two('x', x_piece, w_hat.dtype))
+            steps_half = steps.to(g.dtype)  # whole numbers: exact
+            grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)
+            grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx)
+            sums.append(piece_sums)
+        grad_w, w_sums = _lsq_backward_(grad_w_hat * qx.step, position_w, steps_w, qw)
+        grad_w_step, _ = _step_gradients(w_sums, qw, weight.numel())
+        grad_x = (grad_piece if grad_x is None else grad_x).to(x.dtype).view(x.shape)
+        return (grad_x, grad_w.to(weight.dtype), rows.sum(0) if ctx.has_bias else None,
+                *_step_gradients(_total(sums), qx, x.numel()), grad_w_step, None, None, None)
+
+
+class _Scratch:
+    """Memory for the temporaries of one piece after another, which so stays in the cache: fresh memory is not there.
+
+    Where all is computed at once it gives None, for tensors that are freed as soon as they can be.
+    """
+
+    def __init__(self, used: bool) -> None:
+        self.used, self._tensors = used, {}
+
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor | None:
+        """Contiguous memory of the shape of `like`, or of (len(like), *shape); pieces do not grow."""
+        if not self.used:
+            return None
+        if name not in self._tensors:
+            self._tensors[name] = like.new_empty((len(like), *(shape or like.shape[1:])), dtype=dtype)
+        return self._tensors[name][:len(like)]
+
+    def two(self, name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> tuple[Tensor | None, Tensor | None]:
+        """For a position and its code."""
+        return self(f'position {name}', like, dtype, *shape), self(f'steps {name}', like, dtype, *shape)
 
 
 def _split(size: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
@@ -218,94 +284,3 @@ def _into(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def _total(sums: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Elementwise totals of the pieces' tuples."""
     return [sum(terms[1:], start=terms[0]) for terms in zip(*sums, strict=True)]
-
-
-def quantized_attention(q: Tensor, k: Tensor, v: Tensor, quantizers: tuple[LSQ, LSQ, LSQ, LSQ], scale: float,
-                        dropout: Tensor | None = None) -> Tensor:
-    """A_hat v_hat with A = dropout * softmax(scale * q_hat k_hat^T), keeping q, k, v and no N x N map.
-
-    The backward computes the probabilities again: that adds a product to its four, and saves their memory.
-
-    Args:
-        q, k, v: (B, H, N, d)
-        quantizers: of q, k, v and A.
-        scale: of the scores, d ** -0.5.
-        dropout: (B, H, N, N), 0 or 1 / (1 - p) each; None for no dropout.
-
-    Returns:
-        (B, H, N, d)
-    """
-    steps_and_zeros = [tensor for quantizer in quantizers for tensor in (quantizer.step, quantizer.zero)]
-    ranges = tuple((quantizer.qn, quantizer.qp) for quantizer in quantizers)
-    # As autocast would choose for the products; probabilities and codes are computed in the steps' precision.
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.promote_types(
-        q.dtype, quantizers[0].step.dtype)
-    return _QuantizedAttention.apply(q, k, v, *steps_and_zeros, ranges, scale, dtype, dropout)
-
-
-def _probabilities(q_hat: Tensor, k_hat: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax(scale * q_hat k_hat^T), the product in `dtype`: (B, H, N, d), (B, H, N, d) -> (B, H, N, N)."""
-    scores = (q_hat * scale).to(dtype) @ k_hat.to(dtype).mT
-    return scores.softmax(-1, dtype=q_hat.dtype)
-
-
-class _QuantizedAttention(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, q, k, v, q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero, ranges, scale, dtype,
-                dropout):
-        ctx.ranges, ctx.scale, ctx.dtype = ranges, scale, dtype
-        steps = q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero
-        ctx.save_for_backward(q, k, v, *steps, dropout)
-        qq, qk, qv, qa = _attention_quantizers(steps, ranges)
-        size = _attention_piece(q)
-        out = torch.empty_like(q, dtype=dtype) if size < len(q) else None
-        for q_, k_, v_, dropout_, out_ in _split(size, q, k, v, dropout, out):
-            attn = _probabilities(_quantize(q_, qq), _quantize(k_, qk), scale, dtype)
-            if dropout_ is not None:
-                attn = attn * dropout_
-            piece = _into(out_, _quantize(attn, qa).to(dtype), _quantize(v_, qv).to(dtype))
-        return piece if out is None else out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, *steps, dropout = ctx.saved_tensors
-        qq, qk, qv, qa = _attention_quantizers(steps, ctx.ranges)
-        dtype, numel, a_numel = ctx.dtype, q.numel(), q.numel() // q.shape[-1] * q.shape[-2]
-        size, sums = _attention_piece(q), []
-        outs = [None, None, None]
-        if size < len(q):
-            outs = [torch.empty(q.shape, dtype=qq.step.dtype, device=q.device) for _ in outs]
-        for q_, k_, v_, dropout_, g, *outs_ in _split(size, q, k, v, dropout, grad, *outs):
-            g = g.to(dtype).contiguous()
-            (position_q, q_hat), (position_k, k_hat), (position_v, v_hat) = (
-                _positions_and_values(x, quantizer) for x, quantizer in ((q_, qq), (k_, qk), (v_, qv)))
-            softmax = _probabilities(q_hat, k_hat, ctx.scale, dtype)
-            attn = softmax if dropout_ is None else softmax * dropout_
-            position_a, attn_hat = _positions_and_values(attn, qa)
-
-            grad_v_hat, grad_attn_hat = _into(outs_[2], attn_hat.to(dtype).mT, g), g @ v_hat.to(dtype).mT
-            grad_attn, *grad_a = _lsq_backward_(grad_attn_hat, attn, position_a, attn_hat, qa, a_numel)
-            if dropout_ is not None:
-                grad_attn = grad_attn * dropout_
-            grad_scores = torch._softmax_backward_data(grad_attn, softmax, -1, softmax.dtype).to(dtype)
-            grad_q_hat = _into(outs_[0], grad_scores, k_hat.to(dtype)).mul_(ctx.scale)
-            grad_k_hat = _into(outs_[1], grad_scores.mT, q_hat.to(dtype)).mul_(ctx.scale)
-            grad_q, *grad_qq = _lsq_backward_(grad_q_hat, q_, position_q, q_hat, qq, numel)
-            grad_k, *grad_qk = _lsq_backward_(grad_k_hat, k_, position_k, k_hat, qk, numel)
-            grad_v, *grad_qv = _lsq_backward_(grad_v_hat, v_, position_v, v_hat, qv, numel)
-            sums.append((*grad_qq, *grad_qk, *grad_qv, *grad_a))
-        grads = (grad_q, grad_k, grad_v) if size == len(q) else (out.to(q.dtype) for out in outs)
-        return *grads, *_total(sums), None, None, None, None
-
-
-def _attention_quantizers(steps: list[Tensor], ranges: tuple[tuple[int, int], ...]) -> list[LSQ]:
-    """Of q, k, v and A, from their steps and zero points in turn."""
-    return [_effective(LSQ(step, zero, *code_range))
-            for step, zero, code_range in zip(steps[::2], steps[1::2], ranges, strict=True)]
-
-
-def _attention_piece(q: Tensor) -> int:
-    """How many images to compute at a time, so that an N x N map of theirs stays in the cache."""
-    return _piece(len(q), q.shape[1] * q.shape[2] ** 2, q)

@@ -21,7 +21,7 @@ dependencies = ['numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'yaml']
 
 _FOLDER = _Path(__file__).resolve().parent
 _NAMES = sorted(path.stem for path in _FOLDER.glob('*.py') if path.name != 'hubconf.py')
-_KEPT = ('_lsq', '_quan_base', 'quant_vision_transformer')
+_KEPT = ('_lsq', '_lsq_attention', '_quan_base', 'quant_vision_transformer')
 
 
 @_contextmanager

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from _lsq import cache_piece
 from stored_labels import SoftLabels
 from utils import UserError
 
@@ -152,15 +153,23 @@ def distribution_guided_distillation(
     assert len(student_qk) == len(teacher_qk) > 0, (len(student_qk), len(teacher_qk))
     same_prefix = student_prefix_tokens == teacher_prefix_tokens
     skip_s, skip_t = (0, 0) if same_prefix else (student_prefix_tokens, teacher_prefix_tokens)
-    losses = []
-    with torch.autocast(student_qk[0][0].device.type, enabled=False):
+    # As one batch, layers are a twelfth of a GPU's kernel launches at depth 12; one by one, they stay in a CPU's cache.
+    device = student_qk[0][0].device.type
+    at_once, losses = 1 if device == 'cpu' else len(student_qk), []
+    with torch.autocast(device, enabled=False):
         for which in (0, 1):
-            # All layers as one batch: a twelfth of the kernel launches at depth 12.
-            student = torch.stack([qk[which][:, :, skip_s:] for qk in student_qk])  # (L, B, H, N, d)
-            teacher = torch.stack([qk[which][:, :, skip_t:] for qk in teacher_qk])  # (L, B, H, N, d of the teacher)
-            assert student.shape[:-1] == teacher.shape[:-1], (student.shape, teacher.shape)
-            losses.append(_gram_distance(student, teacher).sum(dim=(0, 2)).mean())  # (L, B, H) -> (B,) -> ()
+            student = _batched([qk[which][:, :, skip_s:] for qk in student_qk], at_once)  # (L, B, H, N, d) each
+            teacher = _batched([qk[which][:, :, skip_t:] for qk in teacher_qk], at_once)  # d of the teacher
+            distances = torch.cat([_gram_distance(s, t) for s, t in zip(student, teacher, strict=True)])
+            losses.append(distances.sum(dim=(0, 2)).mean())  # (L, B, H) -> (B,) -> ()
     return losses[0], losses[1]
+
+
+def _batched(layers: list[Tensor], at_once: int) -> list[Tensor]:
+    """Tensors of so many layers each, along a new first axis."""
+    if at_once == 1:
+        return [layer[None] for layer in layers]
+    return [torch.stack(layers[i:i + at_once]) for i in range(0, len(layers), at_once)]
 
 
 def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student_prefix_tokens: int,
@@ -207,42 +216,51 @@ class _GramDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
-        norm_a = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True)  # (..., 1, 1)
-        norm_b = torch.linalg.vector_norm(b, dim=(-2, -1), keepdim=True)
-        has_a, has_b = norm_a != 0, norm_b != 0
-        norm_a = torch.where(has_a, norm_a, 1)
-        b = b / torch.where(has_b, norm_b, 1)
-        m = (a / norm_a).sub_(b)
-        k, x, c = m.mT @ m, m.mT @ b, b.mT @ b  # (..., d, d)
-
-        def inner(u: Tensor, v: Tensor) -> Tensor:
-            return (u * v).sum((-2, -1), keepdim=True)  # (..., 1, 1)
-
-        s = inner(k, k + 4 * x + 2 * c) + 2 * inner(x, x.mT)
-        t = inner(x, x + 2 * c)
-        e = s + 2 * t
-        # At norm 1, a Gram matrix of rank at most d has ||C||^2 >= 1/d: the floor is reached by zero matrices alone.
-        b4 = inner(c, c).clamp_min(1e-12)
-        a2, b2 = (b4 + e).clamp_min(1e-12).sqrt(), b4.sqrt()
-        difference = e / (a2 + b2)
-        one_minus_cos = (s - t * difference / b2) / (a2 * (a2 + b2))
-        both = has_a & has_b
-        distance = torch.where(both, (2 * one_minus_cos).clamp_min(0).sqrt(), (has_a ^ has_b).to(a.dtype))
-
-        # d(distance) = d(distance^2) / (2 distance); the division by norm_a undoes the scaling of A.
-        factor = torch.where(both & (distance > 0), 2 / distance, 0) / norm_a
-        p = factor * (1 - one_minus_cos) / a2.square()
-        r = -factor * (difference + one_minus_cos * b2) / (a2.square() * b2)
-        ctx.save_for_backward(m, b, p * (k + x + x.mT + c), p * (k + x) + r * (x.mT + c))
-        return distance[..., 0, 0]
+        # The gradient is computed here, while a piece of a and b is in the cache: it alone is kept.
+        distance, grad = a.new_empty(a.shape[:-2]), a.new_empty(a.shape)
+        images = cache_piece(a.shape[1], a[:, :1].numel() // 2, a)
+        for tensors in zip(*(tensor.split(images, 1) for tensor in (a, b, distance, grad)), strict=True):
+            _distance_and_gradient_(*tensors)
+        ctx.save_for_backward(grad)
+        return distance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        m, b, along_m, along_b = ctx.saved_tensors
-        grad = grad[..., None, None]
-        with torch.autocast(m.device.type, enabled=False):
-            return m @ (grad * along_m) + b @ (grad * along_b), None
+        return ctx.saved_tensors[0] * grad[..., None, None], None
+
+
+def _distance_and_gradient_(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
+    """Into `distance`, (...), that of a and b, (..., N, d), and into `grad`, (..., N, d), its gradient to a."""
+    b = b.contiguous()
+    norm_a, norm_b = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (a, b))  # (..., 1, 1)
+    has_a, has_b = norm_a != 0, norm_b != 0
+    norm_a, norm_b = torch.where(has_a, norm_a, 1), torch.where(has_b, norm_b, 1)
+    m = torch.mul(a, norm_b / norm_a).sub_(b)  # M and B times ||B||; their products, (..., d, d), without it
+    k, x_t, c = (product * norm_b ** -2 for product in (m.mT @ m, b.mT @ m, b.mT @ b))
+    u, v = k + x_t.mT, x_t + c  # K + X and X^T + C
+
+    def inner(first: Tensor, second: Tensor) -> Tensor:
+        return (first * second).sum((-2, -1), keepdim=True)  # (..., 1, 1)
+
+    t = inner(x_t, v + c)
+    s = inner(k, u + x_t + 2 * v) + 2 * inner(x_t.mT, x_t)
+    e = s + 2 * t
+    # At norm 1, a Gram matrix of rank at most d has ||C||^2 >= 1/d: the floor is reached by zero matrices alone.
+    b4 = inner(c, c).clamp_min(1e-12)
+    a2, b2 = (b4 + e).clamp_min(1e-12).sqrt(), b4.sqrt()
+    difference = e / (a2 + b2)
+    one_minus_cos = (s - t * difference / b2) / (a2 * (a2 + b2))
+    nonzero = has_a & has_b
+    far = torch.where(nonzero, (2 * one_minus_cos).clamp_min(0).sqrt(), (has_a ^ has_b).to(a.dtype))
+    distance.copy_(far[..., 0, 0])
+
+    # d(distance) = d(distance^2) / (2 distance); the division by the norms undoes the scaling of A, M and B.
+    factor = torch.where(nonzero & (far > 0), 2 / far, 0) / (norm_a * norm_b)
+    p = factor * (1 - one_minus_cos) / a2.square()
+    r = -factor * (difference + one_minus_cos * b2) / (a2.square() * b2)
+    u *= p
+    torch.matmul(m, u + p * v, out=grad).add_(b @ (u + r * v))
 
 
 def _gram_distance(a: Tensor, b: Tensor) -> Tensor:

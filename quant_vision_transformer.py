@@ -25,7 +25,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from _lsq import quantized_attention, zero_outside_
+from _lsq import zero_outside_
+from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
 from checkpoints import adapt_full_precision
 
@@ -111,10 +112,6 @@ class QAttention(nn.Module):
                 attn = (self.q_act(q) @ self.k_act(k).mT * self.scale).softmax(dim=-1)
                 self.attn_act.lsq(attn if dropout is None else attn * dropout)
         quantizers = self.q_act.lsq(q), self.k_act.lsq(k), self.v_act.lsq(v), self.attn_act.lsq(q)
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            # The compiler decides anew what to keep for the backward, and would keep two N x N maps.
-            return checkpoint(quantized_attention, q, k, v, quantizers, self.scale, dropout, use_reentrant=False,
-                              preserve_rng_state=False)
         return quantized_attention(q, k, v, quantizers, self.scale, dropout)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -33,9 +34,13 @@ import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
 from calibration import calibrate_to_full_precision  # noqa: E402
 from checkpoints import load_full_precision, read_checkpoint  # noqa: E402
+from confidence import ConfidenceAnnealing  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402
 from losses import DistillationLoss, Teacher  # noqa: E402
 from optim import build_optimizer  # noqa: E402
+from oscillation import Oscillations  # noqa: E402
+from statistical_steps import StatisticalSteps  # noqa: E402
+from stored_labels import SoftLabels, top_k  # noqa: E402
 from utils import UserError  # noqa: E402
 
 BITS = {2: 'twobits', 3: 'threebits', 4: 'fourbits'}
@@ -55,6 +60,11 @@ class Row:
     lr: float = 1e-4
     step_lr_scale: float = 0.1
     updates: int = 150
+    dampening: float = 0.
+    freezing: float | None = None
+    weight_step: str = 'learned'
+    confidence: float | None = None
+    stored_classes: int | None = None
     kwargs: dict = field(default_factory=dict)
 
 
@@ -79,6 +89,13 @@ def _rows() -> dict[str, Row]:
         rows[f'{name}-tensor'] = ours(kwargs={'act_granularity': 'tensor'})
         rows[f'{name}-no-tokens'] = ours(token_weight=0.)
         rows[f'{name}-hard'] = ours(distillation='hard', alpha=0.5, token_weight=0.)
+        rows[f'{name}-steps-as-weights'] = ours(step_lr_scale=1.)
+        rows[f'{name}-dampening'] = ours(dampening=0.1)
+        rows[f'{name}-freezing'] = ours(freezing=0.02)
+        rows[f'{name}-statistics'] = ours(weight_step='statistics')
+        rows[f'{name}-proportional'] = ours(weight_step='proportional')
+        rows[f'{name}-confidence'] = ours(confidence=0.1)
+        rows[f'{name}-stored'] = ours(token_weight=0., stored_classes=10)
     return rows
 
 
@@ -124,6 +141,30 @@ def load_images(data_path: str) -> tuple[Images, Images]:
 # --- a row ------------------------------------------------------------------------------------------------------------
 
 
+class StoredTeacher(Teacher):
+    """Asks the network once for each image and its mirror image, and remembers for all rows (1.8 GB)."""
+
+    def __init__(self, model: nn.Module, images: int) -> None:
+        super().__init__(model, return_qk=False, keep_tokens=True)
+        tokens = model.num_prefix_tokens + model.patch_embed.num_patches
+        self.known = torch.zeros(2 * images, dtype=torch.bool)
+        self.logits = torch.empty(2 * images, model.num_classes)
+        self.tokens = torch.empty(2 * images, len(model.blocks), tokens, model.embed_dim, dtype=torch.bfloat16)
+        self.index = torch.empty(0, dtype=torch.long)  # what the next batch shows; mirror images come after the others
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, list]:
+        new = ~self.known[self.index]
+        if new.any():
+            index = self.index[new]
+            self.logits[index] = super().__call__(images[new])[0].float()
+            self.tokens[index] = torch.stack(super().take_tokens(), 1).bfloat16()
+            self.known[index] = True
+        return self.logits[self.index], []
+
+    def take_tokens(self) -> list[Tensor]:
+        return list(self.tokens[self.index].unbind(1))
+
+
 @torch.no_grad()
 def top1(model: nn.Module, images: Images, amp: bool) -> float:
     """Per cent of the images classified right."""
@@ -135,34 +176,75 @@ def top1(model: nn.Module, images: Images, amp: bool) -> float:
     return 100 * correct / len(images.labels)
 
 
-def run_row(row: Row, seed: int, weights: dict, train: Images, val: Images, amp: bool, calibration_images: int) -> dict:
+def full_precision(name: str, weights: dict, **kwargs) -> nn.Module:
+    """A network that starts from the full-precision weights."""
+    network = timm.create_model(name, **kwargs)
+    load_full_precision(network, weights)
+    return network
+
+
+def run_row(row: Row, seed: int, stored: StoredTeacher, weights: dict, train: Images, val: Images, amp: bool,
+            calibration_images: int) -> dict:
     """Top-1 of the calibrated and of the trained student."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    teacher = timm.create_model('deit_tiny_patch16_224')
-    load_full_precision(teacher, weights)
-    student = timm.create_model(f'{BITS[row.bits]}_deit_tiny_patch16_224', **row.kwargs)
-    load_full_precision(student, weights)
+    student = full_precision(f'{BITS[row.bits]}_deit_tiny_patch16_224', weights, **row.kwargs)
     drawn = torch.randperm(len(train.labels), generator=generator)[:calibration_images]
     start = time.perf_counter()
     (calibrate if row.calibration == 'published' else calibrate_to_full_precision)(student, train(drawn))
     seconds = time.perf_counter() - start
     result = {'calibrated': top1(student, val, amp), 'calibration_s': round(seconds, 1)}
     print(f'  calibrated: {result["calibrated"]:.1f} % ({seconds:.0f} s)', flush=True)
+    teacher = stored
+    if row.dgd_weight:
+        teacher = Teacher(full_precision('deit_tiny_patch16_224', weights), True, row.token_weight > 0)
     start = time.perf_counter()
-    fit(row, student, teacher, train, generator, amp)
-    result |= {'training_s': round(time.perf_counter() - start, 1), 'trained': top1(student, val, amp)}
-    return result
+    fit(row, student, stored, teacher, train, generator, amp)
+    return result | {'training_s': round(time.perf_counter() - start, 1), 'trained': top1(student, val, amp)}
 
 
-def fit(row: Row, student: nn.Module, teacher: nn.Module, train: Images, generator: torch.Generator, amp: bool) -> None:
-    criterion = DistillationLoss(nn.CrossEntropyLoss(), Teacher(teacher, row.dgd_weight > 0), row.distillation,
-                                 row.alpha, 1., row.dgd_weight, student.num_prefix_tokens, row.token_weight, student)
-    optimizer = build_optimizer(Namespace(opt='fusedlamb', lr=row.lr, weight_decay=0., momentum=0.9, opt_eps=None,
-                                          opt_betas=None, step_lr_scale=row.step_lr_scale), student)
-    for group in optimizer.param_groups:
-        group['lr'] = row.lr * group.get('lr_scale', 1.)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.updates)
+class Updates:
+    """The optimizer of a row, and the methods that act with each of its updates."""
+
+    def __init__(self, row: Row, student: nn.Module) -> None:
+        self.row, self.student = row, student
+        self.oscillations = self.annealing = self.steps = None
+        if row.dampening or row.freezing is not None:
+            freezing = None if row.freezing is None else [row.freezing]
+            self.oscillations = Oscillations(student, row.dampening, freezing)
+        if row.weight_step != 'learned':
+            self.steps = StatisticalSteps(student, row.weight_step)
+            self.steps.set_()
+        if row.confidence is not None:
+            self.annealing = ConfidenceAnnealing(student, row.confidence)
+        self.optimizer = build_optimizer(Namespace(
+            opt='fusedlamb', lr=row.lr, weight_decay=0., momentum=0.9, opt_eps=None, opt_betas=None,
+            step_lr_scale=row.step_lr_scale), student)
+        for group in self.optimizer.param_groups:
+            group['lr'] = row.lr * group.get('lr_scale', 1.)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, row.updates)
+
+    def step(self, loss: Tensor, update: int) -> None:
+        if self.oscillations and self.row.dampening:
+            loss = loss + self.oscillations.dampening(update / self.row.updates)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        clamp_steps_(self.student)
+        if self.steps:
+            self.steps.set_()
+        for method in (self.oscillations, self.annealing):
+            if method:
+                method.update((update + 1) / self.row.updates)
+
+
+def fit(row: Row, student: nn.Module, stored: StoredTeacher, teacher: Teacher, train: Images,
+        generator: torch.Generator, amp: bool) -> None:
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, row.distillation, row.alpha, 1., row.dgd_weight,
+                                 student.num_prefix_tokens, row.token_weight, student,
+                                 stored_labels=row.stored_classes is not None)
+    updates = Updates(row, student)
     student.train()
     order = torch.empty(0, dtype=torch.long)
     running = 0.
@@ -170,15 +252,15 @@ def fit(row: Row, student: nn.Module, teacher: nn.Module, train: Images, generat
         if len(order) < BATCH:
             order = torch.randperm(len(train.labels), generator=generator)
         index, order = order[:BATCH], order[BATCH:]
-        images = train(index, torch.rand(BATCH, generator=generator) < 0.5)
+        flip = torch.rand(BATCH, generator=generator) < 0.5
+        images, labels = train(index, flip), train.labels[index]
+        stored.index = index + len(train.labels) * flip
+        if row.stored_classes is not None:
+            labels = SoftLabels(labels, *top_k(F.softmax(stored(images)[0], 1), row.stored_classes))
         with torch.autocast('cpu', torch.bfloat16, enabled=amp):
             outputs, qk = student(images, return_qk=True)
-            parts = criterion(images, outputs, train.labels[index], qk if row.dgd_weight else None)
-        parts['loss'].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        clamp_steps_(student)
-        schedule.step()
+            parts = criterion(images, outputs, labels, qk if row.dgd_weight else None)
+        updates.step(parts['loss'], update)
         running += parts['loss'].item()
         if (update + 1) % 25 == 0:
             print(f'  update {update + 1}: mean loss {running / 25:.3f}', flush=True)
@@ -230,7 +312,7 @@ def main() -> int:
                         help=f'all unless given: {", ".join(ROWS)}')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--calibration-images', type=int, default=64)
-    parser.add_argument('--amp', choices=('none', 'bf16'), default='bf16', help='precision of the matrix products')
+    parser.add_argument('--amp', choices=('none', 'bf16'), default='none', help='bf16: products under autocast')
     parser.add_argument('--table', action='store_true', help='only print the table of --output')
     args = parser.parse_args()
     try:
@@ -253,14 +335,13 @@ def run(args: Namespace, results: list[dict]) -> None:
     if not missing:
         return
     weights, (train, val) = read_checkpoint(args.weights), load_images(args.data_path)
-    if args.amp == 'bf16':
-        torch.backends.mkldnn.matmul.fp32_precision = 'bf16'  # also of the float32 products outside autocast
+    stored = StoredTeacher(full_precision('deit_tiny_patch16_224', weights), len(train.labels))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     machine = {'torch': torch.__version__, 'timm': timm.__version__, 'threads': torch.get_num_threads(),
                'machine': platform.machine(), 'amp': args.amp, 'calibration_images': args.calibration_images}
     for name, seed in missing:
         print(f'{name}, seed {seed}', flush=True)
-        found = run_row(ROWS[name], seed, weights, train, val, args.amp == 'bf16', args.calibration_images)
+        found = run_row(ROWS[name], seed, stored, weights, train, val, args.amp == 'bf16', args.calibration_images)
         print(f'{name}, seed {seed}: {found["trained"]:.1f} %', flush=True)
         results.append({'row': name, 'seed': seed, **found, 'settings': asdict(ROWS[name]), **machine})
         write_results(results, args.output)

@@ -1,56 +1,59 @@
-"""Time and peak memory of one training step and of one evaluation, against full precision.
+"""Time and peak memory of a whole training step, part by part, and of an evaluation, against full precision.
 
     python benchmarks/training_step.py                             4-bit DeiT-Tiny, batch 16
-    python benchmarks/training_step.py --device cuda --compile --amp bf16 --batch-size 64
+    python benchmarks/training_step.py --device cuda --compile --amp bf16 --batch-size 128
 
-The reference is timm's distilled DeiT of the same size, with its own fused attention. Both networks have random
-weights, neither dropout nor drop path, and 1000 classes; the quantized one is calibrated on the batch.
+The reference is timm's distilled DeiT of the same size, with its own fused attention, that learns from the same teacher
+(a distilled DeiT of that size too) by hard distillation; the quantized network also by DGD. Both have random weights,
+neither dropout nor drop path, and 1000 classes; the quantized one is calibrated on the batch.
 
-    training step   forward, the cross entropies of both heads, backward; the optimizer's step is not in it
+    training step   student forward, teacher, losses (of the quantized network with DGD), backward, optimizer (LAMB)
+    student         its two parts student forward and backward (with the backward of the losses)
     evaluation      forward without gradients; an eager quantized network keeps its quantized weights from the first
+
+DGD, forward and backward, is timed by itself as well, by products of d x d and by plain N x N Gram matrices; in the
+step, its time is part of the losses and the backward. Loading the images is `data_loading.py`'s.
 
 Time: machines are noisy, so the two networks take turns, and the ratio is the median of the pairs' ratios, given with
 its quartiles; the ratio of the minima stands beside it. Warm-up, and so compilation, comes first.
 
-Peak memory: parameters, buffers, gradients, and all that lives during a step, but no images and no optimizer state;
-each figure comes from a process of its own. On a GPU it is the peak of PyTorch's allocator. On Linux CPUs it is the
-tensors held between steps plus the resident set's growth to its peak during the steps after the warm-up; what
+Peak memory: parameters, buffers, gradients, teacher, state of the optimizer, and all that lives during a step, but no
+images; each figure comes from a process of its own. On a GPU it is the peak of PyTorch's allocator. On Linux CPUs it is
+the tensors held between steps plus the resident set's growth to its peak during the steps after the warm-up; what
 libraries and the compiler keep for themselves is in neither. glibc keeps freed memory, so these processes, and never
 those that are timed, run with thresholds that make it return freed tensors. Other systems have no peak that can be
 reset: there, none is given. 1 MB is 10^6 bytes.
 """
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from _measure import RETURN_FREED_MEMORY, Stopwatch, bytes_in_tensors, hardware, reset_peak_resident, resident, versions
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _quan_base import calibrate  # noqa: E402
+from _quan_base import calibrate, clamp_steps_  # noqa: E402
+from losses import DistillationLoss, Teacher, distribution_guided_distillation  # noqa: E402
+from optim import build_optimizer  # noqa: E402
 from quant_vision_transformer import BITS, SIZES  # noqa: E402
 
 VARIANTS = {f'{bits}_deit_{size}_patch16_224': f'deit_{size}_distilled_patch16_224' for bits in BITS for size in SIZES}
 NETWORKS = 'full precision', 'quantized'
 MODES = 'training step', 'evaluation'
+STUDENT = 'student forward', 'backward'
 WARM_UP = 3  # steps before any measurement; the first compiles
-RETURN_FREED_MEMORY = {'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536'}  # bytes; read by glibc
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -95,46 +98,98 @@ def build_network(name: str, args: argparse.Namespace, images: Tensor) -> nn.Mod
     else:
         net = timm.create_model(VARIANTS[args.model], img_size=args.input_size).to(args.device)
         net.set_distilled_training(True)
-    return torch.compile(net, fullgraph=name == 'quantized') if args.compile else net
+    if args.compile:
+        net.compile(fullgraph=name == 'quantized')
+    return net
 
 
-def build_step(mode: str, net: nn.Module, args: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """The function to measure; on a GPU it returns before its kernels have run."""
+def build_step(name: str, mode: str, net: nn.Module, args: argparse.Namespace, batch: tuple[Tensor, Tensor],
+               watch: Stopwatch) -> Callable[[], None]:
+    """The function to measure, whose parts `watch` times."""
     images, labels = batch
     autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == 'bf16')
-    training = mode == 'training step'
-    net.train(training)
+    net.train(mode == 'training step')
+    if mode == 'evaluation':
+        def evaluate() -> None:
+            with watch('evaluation'), torch.no_grad(), autocast:
+                net(images)
+        return evaluate
 
-    def step() -> None:
-        with torch.set_grad_enabled(training), autocast:
-            out = net(images)  # (B, 1000); in training one for each head
-            loss = sum(F.cross_entropy(logits, labels) for logits in out) if training else None
-        if training:
+    quantized = name == 'quantized'
+    torch.manual_seed(1)
+    teacher = Teacher(timm.create_model(VARIANTS[args.model], img_size=args.input_size).to(args.device), quantized)
+    timed = _TimedTeacher(teacher, watch)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), timed, 'hard', 0.5, 1., float(quantized), net.num_prefix_tokens)
+    optimizer = build_optimizer(argparse.Namespace(opt='fusedlamb', lr=1e-6, weight_decay=0., momentum=0.9), net)
+
+    def train() -> None:
+        with autocast:
+            with watch('student forward'):
+                outputs, qk = net(images, return_qk=True) if quantized else (net(images), None)
+            before = watch.parts.get('teacher', 0.)
+            with watch('losses'):
+                loss = criterion(images, outputs, labels, qk)['loss']
+            watch.parts['losses'] -= watch.parts['teacher'] - before  # which the criterion runs
+        del outputs, qk
+        with watch('backward'):
             loss.backward()
+        with watch('optimizer'):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            clamp_steps_(net)
 
-    return step
-
-
-def timed(step: Callable[[], None], net: nn.Module, device: str) -> float:
-    """Milliseconds of the step, all kernels of a GPU included."""
-    synchronize = torch.cuda.synchronize if device != 'cpu' else lambda device: None
-    synchronize(device)
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    milliseconds = (time.perf_counter() - start) * 1e3
-    net.zero_grad()
-    return milliseconds
+    return train
 
 
-def times(mode: str, nets: dict[str, nn.Module], args: argparse.Namespace, batch: tuple) -> dict[str, list[float]]:
-    """Milliseconds of every step of each network, by pairs; who goes first alternates too."""
-    steps = {name: build_step(mode, net, args, batch) for name, net in nets.items()}
+class _TimedTeacher:
+    """A teacher whose forward is a part of its own."""
+
+    def __init__(self, teacher: Teacher, watch: Stopwatch) -> None:
+        self.return_qk, self.num_prefix_tokens = teacher.return_qk, teacher.num_prefix_tokens
+        self._teacher, self._watch = teacher, watch
+
+    def __call__(self, images: Tensor) -> tuple:
+        with self._watch('teacher'):
+            return self._teacher(images)
+
+
+def times(mode: str, nets: dict[str, nn.Module], args: argparse.Namespace, batch: tuple) -> dict[str, list[dict]]:
+    """Milliseconds of every part of every step of each network, by pairs; who goes first alternates too."""
+    watch = Stopwatch(args.device)
+    steps = {name: build_step(name, mode, net, args, batch, watch) for name, net in nets.items()}
     taken = {name: [] for name in nets}
     for turn in range(WARM_UP + args.repeats):
         for name in NETWORKS if turn % 2 else NETWORKS[::-1]:
-            taken[name].append(timed(steps[name], nets[name], args.device))
-    return {name: milliseconds[WARM_UP:] for name, milliseconds in taken.items()}
+            watch.start()
+            steps[name]()
+            taken[name].append(watch.parts)
+    return {name: parts[WARM_UP:] for name, parts in taken.items()}
+
+
+def dgd_times(args: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of DGD, forward and backward, of random queries and keys: by d x d and by N x N products."""
+    width, heads = SIZES[args.model.split('_')[2]]
+    shape = args.batch_size, heads, (args.input_size // 16) ** 2 + 2, width // heads  # (B, H, N, d)
+    make = torch.Generator(args.device).manual_seed(0)
+    student, teacher = ([tuple(torch.randn(shape, generator=make, device=args.device, requires_grad=learns)
+                               for _ in range(2)) for _ in range(12)] for learns in (True, False))
+    leaves, watch, taken = [x for pair in student for x in pair], Stopwatch(args.device), []
+    forms = {'d x d': distribution_guided_distillation, 'N x N': plain_dgd}
+    for _ in range(1 + args.repeats):
+        watch.start()
+        for name, form in forms.items():
+            with watch(name):
+                torch.autograd.grad(sum(form(student, teacher, 2, 2)), leaves)
+        taken.append(watch.parts)
+    return {name: statistics.median(parts[name] for parts in taken[1:]) for name in forms}
+
+
+def plain_dgd(student: list, teacher: list, *_: int) -> tuple[Tensor, Tensor]:
+    """DGD as the paper writes it, with Gram matrices of N x N."""
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        gram_a, gram_b = (F.normalize((x @ x.mT).flatten(-2), dim=-1) for x in (a, b))
+        return torch.linalg.vector_norm(gram_a - gram_b, dim=-1).sum(1).mean()  # (B, H) -> (B,) -> ()
+    return tuple(sum(distance(a[i], b[i]) for a, b in zip(student, teacher, strict=True)) for i in (0, 1))
 
 
 def peak_memory(name: str, mode: str, argv: list[str]) -> float | None:
@@ -152,76 +207,67 @@ def measure_memory(name: str, mode: str, args: argparse.Namespace) -> float | No
     batch = build_batch(args)
     before = torch.cuda.memory_allocated(device) if on_gpu else bytes_in_tensors()
     net = build_network(name, args, batch[0])
-    step = build_step(mode, net, args, batch)
+    step = build_step(name, mode, net, args, batch, Stopwatch(device))
     for turn in range(2 * WARM_UP):
         if turn == WARM_UP and on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         elif turn == WARM_UP:
             held, at_rest = bytes_in_tensors() - before, reset_peak_resident()
-        timed(step, net, device)
+        step()
     if on_gpu:
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     return None if at_rest is None else (held + resident('VmHWM') - at_rest) / 1e6
 
 
-def reset_peak_resident() -> int | None:
-    """VmHWM begins anew at the bytes returned; None where the system refuses."""
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)  # glibc's
-    trim(0)  # empties the holes that the warm-up left: filling them again would not show as growth
-    with contextlib.suppress(OSError):
-        Path('/proc/self/clear_refs').write_text('5')
-        return resident('VmRSS')
-    return None
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in physical memory: 'VmRSS' now, 'VmHWM' at most since the last reset."""
-    fields = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
-    return int(fields[field].removesuffix('kB')) * 1024
-
-
-def bytes_in_tensors() -> int:
-    """Of every CPU tensor that Python knows; views count once."""
-    gc.collect()
-    storages = {}
-    for tensor in gc.get_objects():
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == 'cpu':
-            with contextlib.suppress(RuntimeError):  # the compiler's: they have no data
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def hardware(device: str) -> str:
-    if device != 'cpu':
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    models = [line.partition(': ')[2] for line in cpuinfo if line.startswith('model name')] or [platform.machine()]
-    return f'{models[0]}, {os.cpu_count()} cores'
-
-
-def summarize(taken: dict[str, list[float]], memory: dict[str, float | None]) -> dict:
+def summarize(taken: dict[str, list[float]], memory: dict[str, float | None], batch_size: int) -> dict:
     """One row: medians, minima and ratios, quantized to full precision."""
     full, quantized = (taken[name] for name in NETWORKS)
     ratios = torch.tensor([q / f for f, q in zip(full, quantized, strict=True)], dtype=torch.float64)
     low, median, high = ratios.quantile(torch.tensor([.25, .5, .75], dtype=torch.float64)).tolist()
-    return {'median_ms': {name: statistics.median(taken[name]) for name in NETWORKS}, 'time_ratio': median,
+    medians = {name: statistics.median(taken[name]) for name in NETWORKS}
+    rates = {name: 1e3 * batch_size / ms for name, ms in medians.items()}
+    return {'median_ms': medians, 'images_per_second': rates, 'time_ratio': median,
             'time_ratio_quartiles': [low, high], 'time_ratio_of_minima': min(quantized) / min(full),
             'memory_mb': memory, 'memory_ratio': None if None in memory.values() else
             memory['quantized'] / memory['full precision'], 'all_ms': taken}
 
 
+def all_rows(nets: dict[str, nn.Module], args: argparse.Namespace, batch: tuple, memory: dict) -> tuple[dict, dict]:
+    """The rows of the table, and the median milliseconds of every part of the training step."""
+    rows, parts = {}, {}
+    for mode in MODES:
+        taken = times(mode, nets, args, batch)
+        rows[mode] = summarize({name: [sum(step.values()) for step in taken[name]] for name in nets}, memory[mode],
+                               args.batch_size)
+        if mode == 'training step':
+            rows['student'] = summarize({name: [sum(step[part] for part in STUDENT) for step in taken[name]]
+                                         for name in nets}, dict.fromkeys(nets), args.batch_size)
+            parts = {part: {name: statistics.median(step[part] for step in taken[name]) for name in NETWORKS}
+                     for part in taken['quantized'][0]}
+    return rows, parts
+
+
 def table(results: dict) -> str:
     """Markdown."""
-    lines = [f'- {key}: {value}' for key, value in results.items() if key != 'rows'] + [
-        '', '| | full precision (ms) | quantized (ms) | ratio (quartiles) | of minima '
-            '| full precision (MB) | quantized (MB) | ratio |', '|---|--:|--:|--:|--:|--:|--:|--:|']
+    lines = [f'- {key}: {value}' for key, value in results.items() if key not in ('rows', 'parts_ms', 'dgd_ms')] + [
+        '', '| | full precision (ms) | quantized (ms) | ratio (quartiles) | of minima | images/s, full | quantized '
+            '| full precision (MB) | quantized (MB) | ratio |', '|---|' + '--:|' * 9]
     for mode, row in results['rows'].items():
         low, high = row['time_ratio_quartiles']
         cells = [mode, *(f'{row["median_ms"][name]:.1f}' for name in NETWORKS),
-                 f'{row["time_ratio"]:.2f} ({low:.2f} to {high:.2f})', f'{row["time_ratio_of_minima"]:.2f}']
-        cells += ['not measured'] * 3 if row['memory_ratio'] is None else [
+                 f'{row["time_ratio"]:.2f} ({low:.2f} to {high:.2f})', f'{row["time_ratio_of_minima"]:.2f}',
+                 *(f'{row["images_per_second"][name]:.1f}' for name in NETWORKS)]
+        cells += [''] * 3 if row['memory_ratio'] is None else [
             *(f'{row["memory_mb"][name]:.0f}' for name in NETWORKS), f'{row["memory_ratio"]:.2f}']
         lines.append(f'| {" | ".join(cells)} |')
+    whole = {name: sum(part[name] for part in results['parts_ms'].values()) for name in NETWORKS}
+    lines += ['', '| part of the training step | full precision (ms) | share | quantized (ms) | share |',
+              '|---|' + '--:|' * 4]
+    for part, taken in results['parts_ms'].items():
+        cells = [cell for name in NETWORKS for cell in (f'{taken[name]:.1f}', f'{taken[name] / whole[name]:.1%}')]
+        lines.append(f'| {part} | {" | ".join(cells)} |')
+    for form, taken in results['dgd_ms'].items():
+        lines.append(f'| DGD by {form} products, by itself | | | {taken:.1f} | {taken / whole["quantized"]:.1%} |')
     return '\n'.join(lines)
 
 
@@ -235,11 +281,11 @@ def main(argv: list[str]) -> None:
     memory = {mode: {name: peak_memory(name, mode, argv) for name in NETWORKS} for mode in MODES}
     batch = build_batch(args)
     nets = {name: build_network(name, args, batch[0]) for name in NETWORKS}
-    rows = {mode: summarize(times(mode, nets, args, batch), memory[mode]) for mode in MODES}
+    rows, parts = all_rows(nets, args, batch, memory)
     results = {'command': shlex.join(['python', 'benchmarks/training_step.py', *argv]),
-               'hardware': hardware(args.device), 'threads': torch.get_num_threads(),
-               'versions': f'PyTorch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}',
-               'runs': f'{args.repeats} pairs of steps after {WARM_UP} to warm up', 'rows': rows}
+               'hardware': hardware(args.device), 'threads': torch.get_num_threads(), 'versions': versions(),
+               'runs': f'{args.repeats} pairs of steps after {WARM_UP} to warm up', 'rows': rows, 'parts_ms': parts,
+               'dgd_ms': dgd_times(args)}
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + '\n')

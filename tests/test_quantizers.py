@@ -8,7 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import _lsq
-from _lsq import LSQ, code_range, fake_quantize, quantized_attention, quantized_linear
+from _lsq import LSQ, code_range, fake_quantize, quantized_linear
+from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, calibrate, clamp_steps_, first_batch_rule
 
 SHAPES = {'2-D': (6, 5), '3-D': (2, 3, 5), '4-D': (2, 5, 3, 4)}  # five channels each
