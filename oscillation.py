@@ -28,7 +28,7 @@ from utils import UserError
 __all__ = ['OSCILLATING', 'Oscillations']
 
 MOMENTUM = 0.01  # of the averages: they look back over some 100 updates
-OSCILLATING = 0.005  # the frequency from which the paper counts a weight as oscillating
+OSCILLATING = 0.005  # the frequency from which a weight counts as oscillating
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

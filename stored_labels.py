@@ -9,7 +9,7 @@ repeated augmentation does here.
 A file is in the safetensors format. `soft_labels.py` writes it.
 
 Cost: none in the deployed network. In training, the teacher's forward is saved; a label is scattered to its classes.
-In the file, 17 + 4 K bytes a crop.
+In the file, 17 + 6 K bytes a crop.
 """
 from __future__ import annotations
 
