@@ -24,13 +24,13 @@ from torchvision.transforms import functional
 
 from utils import UserError
 
+OF_FILES = ('IMNET', 'INAT', 'INAT19')  # the data sets whose images are files
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 
 _BICUBIC = transforms.InterpolationMode.BICUBIC
 # Up to this size images are taken whole: such data sets (CIFAR) have nothing to spare around the object.
 _SMALL = 32
 _MAX_UNREADABLE = 50
-_OF_FILES = ('IMNET', 'INAT', 'INAT19')
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -255,7 +255,7 @@ def build_transform(is_train: bool, args: Any) -> transforms.Compose:
     elif args.input_size <= _SMALL:
         whole = transforms.Resize(args.input_size, interpolation=_BICUBIC)
         transform.transforms[:1] = [whole, transforms.RandomCrop(args.input_size, padding=4)]
-    elif getattr(args, 'fast_decode', False) and args.data_set in _OF_FILES:
+    elif getattr(args, 'fast_decode', False) and args.data_set in OF_FILES:
         crop, *rest = transform.transforms
         return DraftedCrop(crop, rest)
     return transform
