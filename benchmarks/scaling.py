@@ -7,7 +7,8 @@ Each process has one thread and its own copy of the network, as main.py wraps it
 entropy, backward and optimizer (LAMB) on random images, without teacher or data loading. `batches` are those of an
 update (--grad-accum-steps), of which only the last all-reduces; the row without any all-reduce, which no training could
 use, shows what the second process costs by itself: memory, and cores if others want them. The two processes start
-every update together; the median of rank 0 is given. Bytes are those of the buckets that are all-reduced.
+every update together; the medians of rank 0 are given. CPU is the time that a core worked for the update, far below its
+own where others took the cores. Bytes are those of the buckets that are all-reduced.
 
 The second table is an estimate, by a formula and not by measurement: a ring all-reduce of b bytes among n GPUs takes
 2 (n - 1) / n * b / bandwidth, without latency. --gpu-bandwidth is of the slowest link, --gpu-step-ms the time of a step
@@ -95,19 +96,21 @@ def measure(rank: int, processes: int, folder: str, args: argparse.Namespace) ->
         optimizer.zero_grad(set_to_none=True)
         clamp_steps_(model)
 
-    rows = [{'processes': n, 'batches': batches, 'all_reduce': reduces, 'all_ms': []}
+    rows = [{'processes': n, 'batches': batches, 'all_reduce': reduces, 'all_ms': [], 'all_cpu_ms': []}
             for n, batches, reduces in ROWS if n == processes]
     for turn in range(WARM_UP + args.repeats):
         for row in rows:
             reduced.clear()
             dist.barrier()
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             update(row['batches'], row['all_reduce'])
             if turn >= WARM_UP:
                 row['all_ms'].append((time.perf_counter() - begin) * 1e3)
+                row['all_cpu_ms'].append((time.process_time() - cpu_begin) * 1e3)
             row['all_reduced_bytes'] = sum(reduced)
     for row in rows:
         row['median_ms'] = statistics.median(row['all_ms'])
+        row['median_cpu_ms'] = statistics.median(row['all_cpu_ms'])
         row['images_per_second'] = 1e3 * processes * row['batches'] * args.batch_size / row['median_ms']
     if rank == 0:
         Path(folder, f'{processes}.json').write_text(json.dumps(rows))
@@ -130,12 +133,14 @@ def estimate(bytes_of_gradients: int, bandwidth: float, step_ms: float | None) -
 def table(results: dict) -> str:
     """Markdown."""
     lines = [f'- {key}: {value}' for key, value in results.items() if key not in ('rows', 'estimate')] + [
-        '', '| processes | batches | all-reduce | update (ms) | smallest to largest | images/s | all-reduced (MB) |',
-        '|--:|--:|---|--:|--:|--:|--:|']
+        '', '| processes | batches | all-reduce | update (ms) | smallest to largest | CPU (ms) | images/s '
+            '| all-reduced (MB) |',
+        '|--:|--:|---|--:|--:|--:|--:|--:|']
     for row in results['rows']:
         lines.append(f'| {row["processes"]} | {row["batches"]} | {"yes" if row["all_reduce"] else "no"} | '
                      f'{row["median_ms"]:.0f} | {min(row["all_ms"]):.0f} to {max(row["all_ms"]):.0f} | '
-                     f'{row["images_per_second"]:.1f} | {row["all_reduced_bytes"] / 1e6:.1f} |')
+                     f'{row["median_cpu_ms"]:.0f} | {row["images_per_second"]:.1f} | '
+                     f'{row["all_reduced_bytes"] / 1e6:.1f} |')
     if results['estimate']:
         lines += ['', 'Estimate by the formula, not a measurement:', '',
                   '| GPUs | all-reduce (ms) | efficiency, nothing overlapped |', '|--:|--:|--:|']
