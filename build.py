@@ -184,8 +184,9 @@ def wrap(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
     has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     known = inspect.signature(DistributedDataParallel).parameters
     renamed = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # by PyTorch 2.15
+    # Gradients live in the buckets that are reduced: no second copy of them, no copying.
     return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
-                                   **{renamed: has_statistics})
+                                   gradient_as_bucket_view=True, **{renamed: has_statistics})
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

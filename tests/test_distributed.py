@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import TINY, Fork, assert_same, fork_ranks, launch, run
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import main
 import utils
@@ -81,6 +83,31 @@ def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
     for state in (ours, expected):
         state.pop('args')
     assert_same(ours, expected)
+
+
+def test_accumulated_gradients_are_reduced_once_an_update(tmp_path):
+    def count():
+        fit = main.fit
+
+        def fit_and_count(network, *rest):
+            reduced = []
+
+            def count_and_reduce(group, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+                reduced.append(len(bucket.gradients()))
+                return allreduce_hook(group, bucket)
+
+            network.register_comm_hook(None, count_and_reduce)
+            fit(network, *rest)
+            torch.save({'reduced': reduced, 'trained': sum(p.requires_grad for p in network.parameters()),
+                        'views': network.gradient_as_bucket_view}, tmp_path / f'{os.environ["RANK"]}.pth')
+
+        main.fit = fit_and_count
+
+    fork_ranks(tmp_path, *TINY, '--epochs', 1, '--grad-accum-steps', 2, prepare=count)
+    for rank in (0, 1):
+        seen = read_checkpoint(tmp_path / f'{rank}.pth')
+        # The batches of an epoch make updates of 2, 2 and 1; a bucket has room for so small a network.
+        assert seen['reduced'] == [seen['trained']] * 3 and seen['views']
 
 
 def test_started_by_launch(flags, whole, tmp_path):

@@ -1,0 +1,45 @@
+"""What the benchmarks compute, on the smallest data."""
+
+import json
+import sys
+
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+
+import data_loading  # noqa: E402
+import scaling  # noqa: E402
+
+
+@pytest.mark.usefixtures('one_thread')
+def test_data_loading(tmp_path, capsys):
+    command = ('--workers 0 --batches 2 --repeats 3 --image-size 100 80 --step-images-per-second 10 --batch-size 2 '
+               f'--input-size 48 --json {tmp_path / "loading.json"}')
+    assert data_loading.main(command.split()) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / 'loading.json').read_text())
+    assert results['images'].startswith('0.008 megapixels')
+    for row, fast in zip(results['rows'], (False, True), strict=True):
+        assert (row['workers'], row['fast_decode'], len(row['all'])) == (0, fast, 3)
+        assert row['of_the_step'] == pytest.approx(row['images_per_second'] / 10)
+        assert f'| 0 | {"yes" if fast else "no"} | {row["images_per_second"]:.1f} |' in said
+
+
+@pytest.mark.parametrize(('flags', 'line'), [
+    ('--data-set DIGITS', 'choose one of IMNET'),
+    ('--batches 500 --image-size 64 48 --batch-size 1 --data-path {}', 'has 256, 2 of them to warm up'),
+])
+def test_data_loading_refuses(flags, line, tmp_path, capsys):
+    data_loading.write_jpegs(tmp_path, [64, 48], 300)
+    assert data_loading.main(flags.format(tmp_path).split()) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count('\n') == 1
+
+
+def test_ring_all_reduce():
+    # 20 MB at 10 GB/s are 2 ms, of which a ring of 8 sends 2 x 7/8, and one of 64 sends 2 x 63/64.
+    alone, both = scaling.estimate(20_000_000, 10., None), scaling.estimate(20_000_000, 10., 96.5)
+    assert [row['all_reduce_ms'] for row in alone] == pytest.approx([3.5, 3.9375])
+    assert [row['efficiency'] for row in alone] == [None, None]
+    assert both[0]['efficiency'] == pytest.approx(0.965)
