@@ -125,7 +125,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--random-resized-crop', default=True, action=BooleanOptionalAction)
     add('--fast-decode', action='store_true', help='decode JPEGs of training to 1/2, 1/4 or 1/8 of their size where '
         'the random crop stays at least --input-size: only with --random-resized-crop, above 32 pixels, and with '
-        'IMNET, INAT, INAT19')
+        'IMNET, INAT, INAT19; not with --soft-labels')
     add('--repeated-aug', default=True, action=BooleanOptionalAction)
     add('--reprob', default=0.25, type=float, help='probability of random erasing')
     add('--remode', default='pixel')
