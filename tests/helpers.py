@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import engine
 import main
+from checkpoints import write_checkpoint
 
 ROOT = Path(main.__file__).parent
 SHAPE = ('--model-kwargs', 'embed_dim=24', 'depth=2', 'num_heads=2', 'patch_size=8')
@@ -77,6 +81,28 @@ def fork_ranks(folder: Path, *flags: object, prepare: Callable[[], None] = lambd
     statuses = [rank.wait() for rank in ranks]
     assert statuses == [0, 0], ranks[0].stderr.read_text() + ranks[1].stderr.read_text()
     return ranks
+
+
+def run_and_keep(folder: Path, *flags: object) -> None:
+    """An uninterrupted run into `folder`, with every checkpoint.pth that it had on the way as <epoch>-<step>.pth."""
+    def write_and_keep(state: dict[str, Any], path: Path) -> None:
+        write_checkpoint(state, path)
+        if path.name == 'checkpoint.pth':
+            shutil.copy(path, folder / f'{state["epoch"]}-{state["step"]}.pth')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, 'write_checkpoint', write_and_keep)
+        assert run(*flags, '--output_dir', folder) == 0
+
+
+def resume_after_an_epoch(tmp_path: Path, *flags: object) -> tuple[Path, Path]:
+    """The folders of a run that went on from its first epoch's checkpoint, and of one that was not interrupted."""
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    run_and_keep(whole, *flags)
+    resumed.mkdir()
+    shutil.copy(whole / '0-0.pth', resumed / 'checkpoint.pth')
+    assert run(*flags, '--output_dir', resumed, '--resume', 'auto') == 0
+    return resumed, whole
 
 
 def assert_same(a: Any, b: Any, where: str = '') -> None:

@@ -1,15 +1,12 @@
 """At the end of a run only weights near a border move."""
 
-import shutil
-
 import pytest
 import torch
-from helpers import TINY, assert_same, run
+from helpers import TINY, assert_same, resume_after_an_epoch, run
 from torch import nn
 
-import engine
 from _quan_base import LinearQ, block_weights
-from checkpoints import create_from_checkpoint, read_checkpoint, write_checkpoint
+from checkpoints import create_from_checkpoint, read_checkpoint
 from confidence import ConfidenceAnnealing, border_distance
 from utils import UserError
 
@@ -53,21 +50,10 @@ def test_confident_weights_stay_and_others_move_until_they_are():
         ConfidenceAnnealing(nn.Linear(2, 2), 0.1)
 
 
-def test_a_run_anneals_and_is_resumed_bit_for_bit(tmp_path, monkeypatch):
+def test_a_run_anneals_and_is_resumed_bit_for_bit(tmp_path):
     flags = (*TINY, '--epochs', 2, '--confidence-annealing', '0.05', '0.75', '--oscillation-freezing', '0.02')
-    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    resumed.mkdir()
-
-    def write_and_keep(state, path):
-        write_checkpoint(state, path)
-        if (state['epoch'], state['step'], path.name) == (0, 0, 'checkpoint.pth'):
-            shutil.copy(path, resumed)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, 'write_checkpoint', write_and_keep)
-        assert run(*flags, '--output_dir', whole) == 0
-    half = create_from_checkpoint(read_checkpoint(resumed / 'checkpoint.pth'))
-    assert run(*flags, '--output_dir', resumed, '--resume', 'auto') == 0
+    resumed, whole = resume_after_an_epoch(tmp_path, *flags)
+    half = create_from_checkpoint(read_checkpoint(whole / '0-0.pth'))
     ours, expected = (read_checkpoint(folder / 'checkpoint.pth') for folder in (resumed, whole))
     for key in ('model', 'optimizer', 'oscillations'):
         assert_same(ours[key], expected[key], key)

@@ -1,16 +1,14 @@
 """Oscillations of weights: what is counted, what is pulled, what is held; and that a run goes on with them."""
 
 import math
-import shutil
 
 import pytest
 import torch
-from helpers import TINY, assert_same, run
+from helpers import TINY, assert_same, resume_after_an_epoch, run
 from torch import nn
 
-import engine
 from _quan_base import LinearQ, clamp_steps_
-from checkpoints import read_checkpoint, write_checkpoint
+from checkpoints import read_checkpoint
 from oscillation import Oscillations
 from utils import UserError
 
@@ -149,21 +147,10 @@ def test_both_methods_calm_a_regression():
 FLAGS = (*TINY, '--epochs', 2, '--oscillation-dampening', '0.1', '--oscillation-freezing', '0.05', '0.01')
 
 
-def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, monkeypatch, capsys):
-    whole, resumed, free = (tmp_path / name for name in ('whole', 'resumed', 'free'))
-
-    def write_and_keep(state, path):
-        write_checkpoint(state, path)
-        if state['step'] == 0 and path.name == 'checkpoint.pth':
-            shutil.copy(path, tmp_path / f'{state["epoch"]}.pth')
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, 'write_checkpoint', write_and_keep)
-        assert run(*FLAGS, '--output_dir', whole) == 0
+def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, capsys):
+    resumed, whole = resume_after_an_epoch(tmp_path, *FLAGS)
     assert 'loss_dampening: ' in capsys.readouterr().out
-    resumed.mkdir()
-    shutil.copy(tmp_path / '0.pth', resumed / 'checkpoint.pth')
-    assert run(*FLAGS, '--output_dir', resumed, '--resume', 'auto') == 0
+    assert all('train_loss_dampening' in line for line in (whole / 'log.txt').read_text().splitlines())
     ours, expected = (read_checkpoint(folder / 'checkpoint.pth') for folder in (resumed, whole))
     for key in ('model', 'optimizer', 'oscillations'):
         assert_same(ours[key], expected[key], key)
@@ -172,9 +159,9 @@ def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, monkeypatch, capsys):
     assert not any('frozen' in name or 'frequency' in name for name in expected['model'])
 
     capsys.readouterr()
-    assert run(*TINY, '--epochs', 2, '--resume', tmp_path / '0.pth', '--output_dir', free) == 0
+    assert run(*TINY, '--epochs', 2, '--resume', whole / '0-0.pth', '--output_dir', tmp_path / 'free') == 0
     assert 'oscillations: not taken without' in capsys.readouterr().out
-    assert run(*FLAGS, '--epochs', 3, '--resume', free / 'checkpoint.pth') == 0
+    assert run(*FLAGS, '--epochs', 3, '--resume', tmp_path / 'free' / 'checkpoint.pth') == 0
     assert 'oscillations: not in the checkpoint' in capsys.readouterr().out
 
 

@@ -10,10 +10,10 @@ from argparse import Namespace
 
 import pytest
 import torch
-from helpers import TINY, Fork, assert_same, run
+from helpers import TINY, Fork, assert_same, run, run_and_keep
 
 import engine
-from checkpoints import read_checkpoint, write_checkpoint
+from checkpoints import read_checkpoint
 from training import Training
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -31,16 +31,8 @@ def flags(teacher_path):
 def whole(flags, tmp_path_factory):
     """The folder of an uninterrupted run, with every checkpoint.pth that it had on the way as <epoch>-<step>.pth."""
     folder = tmp_path_factory.mktemp('whole')
-
-    def write_and_keep(state, path):
-        write_checkpoint(state, path)
-        if path.name == 'checkpoint.pth':
-            shutil.copy(path, folder / f'{state["epoch"]}-{state["step"]}.pth')
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, 'write_checkpoint', write_and_keep)
-        torch.set_num_threads(1)
-        assert run(*flags, '--output_dir', folder) == 0
+    torch.set_num_threads(1)
+    run_and_keep(folder, *flags)
     return folder
 
 

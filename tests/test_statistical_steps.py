@@ -1,16 +1,13 @@
 """Steps that follow from the weights."""
 
-import shutil
-
 import pytest
 import timm
 import torch
-from helpers import TINY, assert_same, run
+from helpers import TINY, assert_same, resume_after_an_epoch, run
 
-import engine
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import block_weights, calibrate, named_quantizers
-from checkpoints import read_checkpoint, write_checkpoint
+from checkpoints import read_checkpoint
 from statistical_steps import StatisticalSteps
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -55,20 +52,9 @@ def test_proportional_keeps_what_calibration_found():
 
 
 @pytest.mark.parametrize('kind', ['statistics', 'proportional'])
-def test_a_run_is_resumed_bit_for_bit(kind, tmp_path, monkeypatch):
+def test_a_run_is_resumed_bit_for_bit(kind, tmp_path):
     flags = (*TINY, '--epochs', 2, '--weight-step', kind, '--oscillation-freezing', '0.02')
-    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    resumed.mkdir()
-
-    def write_and_keep(state, path):
-        write_checkpoint(state, path)
-        if (state['epoch'], state['step'], path.name) == (0, 0, 'checkpoint.pth'):
-            shutil.copy(path, resumed)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, 'write_checkpoint', write_and_keep)
-        assert run(*flags, '--output_dir', whole) == 0
-    assert run(*flags, '--output_dir', resumed, '--resume', 'auto') == 0
+    resumed, whole = resume_after_an_epoch(tmp_path, *flags)
     ours, expected = (read_checkpoint(folder / 'checkpoint.pth') for folder in (resumed, whole))
     for key in ('model', 'optimizer', 'statistical_steps'):
         assert_same(ours[key], expected[key], key)
