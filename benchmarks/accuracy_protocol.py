@@ -95,6 +95,7 @@ def _rows() -> dict[str, Row]:
         rows[f'{name}-statistics'] = ours(weight_step='statistics')
         rows[f'{name}-proportional'] = ours(weight_step='proportional')
         rows[f'{name}-confidence'] = ours(confidence=0.1)
+        rows[f'{name}-long'] = ours(updates=450)
         rows[f'{name}-stored'] = ours(token_weight=0., stored_classes=10)
     return rows
 

@@ -4,10 +4,12 @@ import json
 import sys
 
 import pytest
+import yaml
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
+import accuracy_protocol  # noqa: E402
 import data_loading  # noqa: E402
 import scaling  # noqa: E402
 
@@ -43,3 +45,15 @@ def test_ring_all_reduce():
     assert [row['all_reduce_ms'] for row in alone] == pytest.approx([3.5, 3.9375])
     assert [row['efficiency'] for row in alone] == [None, None]
     assert both[0]['efficiency'] == pytest.approx(0.965)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4])
+def test_the_recipes_that_measured_best_are_those_measured(bits):
+    config = yaml.safe_load((ROOT / 'configs' / f'best_tiny_{bits}bit.yaml').read_text())
+    row = accuracy_protocol.ROWS[f'{bits}bit']
+    assert float(config['lr']) * config['batch-size'] / 512 == pytest.approx(row.lr)
+    assert (config['batch-size'], config['epochs'] * 1000 // config['batch-size']) == (
+        accuracy_protocol.BATCH, row.updates)
+    measured = {'calibration': row.calibration, 'distillation-type': row.distillation, 'distillation-alpha': row.alpha,
+                'dgd-weight': row.dgd_weight, 'token-weight': row.token_weight, 'step-lr-scale': row.step_lr_scale}
+    assert {name: config[name] for name in measured} == measured
