@@ -286,8 +286,8 @@ def write_results(results: list[dict], path: Path) -> None:
 
 def table(results: list[dict]) -> str:
     """Markdown: a line a row, means over the seeds, with their standard deviation from two on."""
-    lines = ['| row | bits | calibration | distillation | DGD | tokens | lr | network | seeds | calibrated (%) '
-             '| trained (%) |', '|---|--:|---|---|--:|--:|--:|---|--:|--:|--:|']
+    lines = ['| row | bits | calibration | distillation | DGD | tokens | lr | updates | network | seeds '
+             '| calibrated (%) | trained (%) |', '|---|--:|---|---|--:|--:|--:|--:|---|--:|--:|--:|']
     for name in dict.fromkeys(result['row'] for result in results):
         found = [result for result in results if result['row'] == name]
         row = Row(**found[0]['settings'])
@@ -299,8 +299,8 @@ def table(results: list[dict]) -> str:
 
         network = ' '.join(f'{key}={value}' for key, value in row.kwargs.items())
         lines.append(f'| {name} | {row.bits} | {row.calibration} | {row.distillation} | {row.dgd_weight:g} | '
-                     f'{row.token_weight:g} | {row.lr:g} | {network} | {len(found)} | {mean("calibrated")} | '
-                     f'{mean("trained")} |')
+                     f'{row.token_weight:g} | {row.lr:g} | {row.updates} | {network} | {len(found)} | '
+                     f'{mean("calibrated")} | {mean("trained")} |')
     return '\n'.join(lines)
 
 
