@@ -23,18 +23,18 @@ CHAINS = {  # of layers that quantize what others computed in bfloat16
 }
 
 
-def output_and_gradients(module: nn.Module, x: Tensor, upstream: Tensor | None = None) -> dict[str, Tensor]:
+def output_and_gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     out = module(x)
     out = out[0] if isinstance(out, tuple) else out
     names, parameters = zip(*module.named_parameters(), strict=True)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)) if upstream is None else upstream
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(out, [x, *parameters], upstream.to(out.dtype))
     return {'output': out, 'x': gradients[0], **dict(zip(names, gradients[1:], strict=True))}
 
 
 def errors(module: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
-    """Relative errors of the output and of every gradient, which are checked to be float32."""
+    """Relative errors of the output and of every gradient, whose dtypes are checked."""
     torch.manual_seed(0)
     x = torch.randn(shape)
     calibrate(module, x)
@@ -42,6 +42,8 @@ def errors(module: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
     exact = output_and_gradients(copy.deepcopy(module).double(), x.double())
     with torch.autocast('cpu', torch.bfloat16):
         half = output_and_gradients(module, x)
+    products = isinstance(module, LinearQ | Conv2dQ | QMlp | QAttention)
+    assert half['output'].dtype == (torch.bfloat16 if products else torch.float32)
     assert all(half[name].dtype == torch.float32 for name in half if name != 'output')
     return {name: ((half[name].double() - value).norm() / value.norm()).item() for name, value in exact.items()}
 
