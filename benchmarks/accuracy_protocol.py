@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
 from calibration import calibrate_to_full_precision  # noqa: E402
-from checkpoints import load_full_precision, read_checkpoint  # noqa: E402
+from checkpoints import description, load_full_precision, read_checkpoint  # noqa: E402
 from confidence import ConfidenceAnnealing  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402
 from losses import DistillationLoss, Teacher  # noqa: E402
@@ -50,7 +50,10 @@ LR = {2: 3e-4, 3: 1e-4, 4: 1e-4}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a network, its calibration and its training."""
+    """One line of the table: a network, its calibration and its training.
+
+    With a `descent`, a student of each of these bits is calibrated and trained first, each from the one before it.
+    """
     bits: int
     calibration: str = 'mse'
     distillation: str = 'both'
@@ -60,6 +63,7 @@ class Row:
     lr: float = 1e-4
     step_lr_scale: float = 0.1
     updates: int = 150
+    descent: tuple[int, ...] = ()
     dampening: float = 0.
     freezing: float | None = None
     weight_step: str = 'learned'
@@ -84,11 +88,16 @@ def _rows() -> dict[str, Row]:
             for dgd in (False, True):
                 parts = [name, 'baseline', *['irm'] * irm, *['dgd'] * dgd]
                 rows['-'.join(parts)] = _published(bits, lr=1e-4, dgd_weight=float(dgd), kwargs={'irm': irm})
+        for weight in (0.1, 10.):
+            rows[f'{name}-baseline-dgd-{weight:g}'] = _published(bits, lr=1e-4, dgd_weight=weight,
+                                                                 kwargs={'irm': False})
         rows[f'{name}-no-irm'] = ours(kwargs={'irm': False})
-        rows[f'{name}-dgd'] = ours(dgd_weight=0.1)
+        for weight in (0.01, 0.1, 1.):
+            rows[f'{name}-dgd-{weight:g}'] = ours(dgd_weight=weight)
         rows[f'{name}-tensor'] = ours(kwargs={'act_granularity': 'tensor'})
         rows[f'{name}-no-tokens'] = ours(token_weight=0.)
         rows[f'{name}-hard'] = ours(distillation='hard', alpha=0.5, token_weight=0.)
+        rows[f'{name}-soft'] = ours(distillation='soft', alpha=0.5, token_weight=0.)
         rows[f'{name}-steps-as-weights'] = ours(step_lr_scale=1.)
         rows[f'{name}-dampening'] = ours(dampening=0.1)
         rows[f'{name}-freezing'] = ours(freezing=0.02)
@@ -96,6 +105,7 @@ def _rows() -> dict[str, Row]:
         rows[f'{name}-proportional'] = ours(weight_step='proportional')
         rows[f'{name}-confidence'] = ours(confidence=0.1)
         rows[f'{name}-long'] = ours(updates=450)
+        rows[f'{name}-descent'] = ours(descent=tuple(range(4, bits, -1)))
         rows[f'{name}-stored'] = ours(token_weight=0., stored_classes=10)
     return rows
 
@@ -189,19 +199,25 @@ def run_row(row: Row, seed: int, stored: StoredTeacher, weights: dict, train: Im
     """Top-1 of the calibrated and of the trained student."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    student = full_precision(f'{BITS[row.bits]}_deit_tiny_patch16_224', weights, **row.kwargs)
-    drawn = torch.randperm(len(train.labels), generator=generator)[:calibration_images]
-    start = time.perf_counter()
-    (calibrate if row.calibration == 'published' else calibrate_to_full_precision)(student, train(drawn))
-    seconds = time.perf_counter() - start
-    result = {'calibrated': top1(student, val, amp), 'calibration_s': round(seconds, 1)}
-    print(f'  calibrated: {result["calibrated"]:.1f} % ({seconds:.0f} s)', flush=True)
+    drawn = train(torch.randperm(len(train.labels), generator=generator)[:calibration_images])
     teacher = stored
     if row.dgd_weight:
         teacher = Teacher(full_precision('deit_tiny_patch16_224', weights), True, row.token_weight > 0)
-    start = time.perf_counter()
-    fit(row, student, stored, teacher, train, generator, amp)
-    return result | {'training_s': round(time.perf_counter() - start, 1), 'trained': top1(student, val, amp)}
+    start = weights
+    for stage in (*(replace(row, bits=bits, lr=LR[bits]) for bits in row.descent), row):
+        name = f'{BITS[stage.bits]}_deit_tiny_patch16_224'
+        student = full_precision(name, start, **row.kwargs)
+        begun = time.perf_counter()
+        (calibrate if row.calibration == 'published' else calibrate_to_full_precision)(student, drawn)
+        seconds = time.perf_counter() - begun
+        result = {'calibrated': top1(student, val, amp), 'calibration_s': round(seconds, 1)}
+        print(f'  {stage.bits} bits calibrated: {result["calibrated"]:.1f} % ({seconds:.0f} s)', flush=True)
+        begun = time.perf_counter()
+        fit(stage, student, stored, teacher, train, generator, amp)
+        result |= {'training_s': round(time.perf_counter() - begun, 1), 'trained': top1(student, val, amp)}
+        print(f'  {stage.bits} bits trained: {result["trained"]:.1f} %', flush=True)
+        start = {'model': student.state_dict(), 'qvit': description(name, row.kwargs, student.num_classes, 224)}
+    return result
 
 
 class Updates:
@@ -291,6 +307,7 @@ def table(results: list[dict]) -> str:
     for name in dict.fromkeys(result['row'] for result in results):
         found = [result for result in results if result['row'] == name]
         row = Row(**found[0]['settings'])
+        updates = row.updates * (1 + len(row.descent))
 
         def mean(key: str, found=found) -> str:
             values = [result[key] for result in found]
@@ -299,7 +316,7 @@ def table(results: list[dict]) -> str:
 
         network = ' '.join(f'{key}={value}' for key, value in row.kwargs.items())
         lines.append(f'| {name} | {row.bits} | {row.calibration} | {row.distillation} | {row.dgd_weight:g} | '
-                     f'{row.token_weight:g} | {row.lr:g} | {row.updates} | {network} | {len(found)} | '
+                     f'{row.token_weight:g} | {row.lr:g} | {updates} | {network} | {len(found)} | '
                      f'{mean("calibrated")} | {mean("trained")} |')
     return '\n'.join(lines)
 
@@ -343,7 +360,6 @@ def run(args: Namespace, results: list[dict]) -> None:
     for name, seed in missing:
         print(f'{name}, seed {seed}', flush=True)
         found = run_row(ROWS[name], seed, stored, weights, train, val, args.amp == 'bf16', args.calibration_images)
-        print(f'{name}, seed {seed}: {found["trained"]:.1f} %', flush=True)
         results.append({'row': name, 'seed': seed, **found, 'settings': asdict(ROWS[name]), **machine})
         write_results(results, args.output)
 
