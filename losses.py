@@ -11,7 +11,8 @@ does so with the output of every block itself, for a student of the teacher's wi
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def check_dgd_compatible(student: nn.Module, teacher: nn.Module) -> str | None:
 
 
 def distribution_guided_distillation(
-        student_qk: Sequence[Pair], teacher_qk: Sequence[Pair], student_prefix_tokens: int, teacher_prefix_tokens: int,
+        student_qk: Sequence[Pair], teacher_qk: Iterable[Pair], student_prefix_tokens: int, teacher_prefix_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """DGD of queries and of keys (Q-ViT, L_DGD): sums over layers and heads, means over the batch.
 
@@ -150,26 +151,29 @@ def distribution_guided_distillation(
     Returns:
         (loss_q, loss_k), each 0-dim, in [0, sqrt(2) * layers * heads].
     """
-    assert len(student_qk) == len(teacher_qk) > 0, (len(student_qk), len(teacher_qk))
     same_prefix = student_prefix_tokens == teacher_prefix_tokens
-    skip_s, skip_t = (0, 0) if same_prefix else (student_prefix_tokens, teacher_prefix_tokens)
+    skips = (0, 0) if same_prefix else (student_prefix_tokens, teacher_prefix_tokens)
     # As one batch, layers are a twelfth of a GPU's kernel launches at depth 12; one by one, they stay in a CPU's cache.
     device = student_qk[0][0].device.type
-    at_once, losses = 1 if device == 'cpu' else len(student_qk), []
+    layers, losses = zip(student_qk, teacher_qk, strict=True), ([], [])
     with torch.autocast(device, enabled=False):
-        for which in (0, 1):
-            student = _batched([qk[which][:, :, skip_s:] for qk in student_qk], at_once)  # (L, B, H, N, d) each
-            teacher = _batched([qk[which][:, :, skip_t:] for qk in teacher_qk], at_once)  # d of the teacher
-            distances = torch.cat([_gram_distance(s, t) for s, t in zip(student, teacher, strict=True)])
-            losses.append(distances.sum(dim=(0, 2)).mean())  # (L, B, H) -> (B,) -> ()
-    return losses[0], losses[1]
+        while group := tuple(islice(layers, 1 if device == 'cpu' else None)):
+            for which, distances in enumerate(losses):
+                student, teacher = (_stack([pair[whose][which][:, :, skips[whose]:] for pair in group])
+                                    for whose in (0, 1))  # (L, B, H, N, d) each, d its own
+                distances.append(_gram_distance(student, teacher))
+    return tuple(torch.cat(distances).sum(dim=(0, 2)).mean() for distances in losses)  # (L, B, H) -> (B,) -> ()
 
 
-def _batched(layers: list[Tensor], at_once: int) -> list[Tensor]:
-    """Tensors of so many layers each, along a new first axis."""
-    if at_once == 1:
-        return [layer[None] for layer in layers]
-    return [torch.stack(layers[i:i + at_once]) for i in range(0, len(layers), at_once)]
+def _stack(layers: list[Tensor]) -> Tensor:
+    return layers[0][None] if len(layers) == 1 else torch.stack(layers)
+
+
+def _given_up(layers: list[Pair]) -> Iterator[Pair]:
+    """The layers, none of them kept: the gradients that DGD computes at once then take no memory beside them."""
+    layers.reverse()
+    while layers:
+        yield layers.pop()
 
 
 def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student_prefix_tokens: int,
@@ -359,7 +363,7 @@ class DistillationLoss(nn.Module):
         if self.dgd_weight > 0:
             assert student_qk is not None, 'dgd_weight > 0 needs the q and k of the student'
             parts['loss_dgd_q'], parts['loss_dgd_k'] = distribution_guided_distillation(
-                student_qk, teacher_qk, self.student_prefix_tokens, self.teacher.num_prefix_tokens)
+                student_qk, _given_up(teacher_qk), self.student_prefix_tokens, self.teacher.num_prefix_tokens)
             loss = loss + self.dgd_weight * (parts['loss_dgd_q'] + parts['loss_dgd_k'])
         if self.token_weight > 0:
             parts['loss_tokens'] = token_distance(self._student_tokens.take(), self.teacher.take_tokens(),
