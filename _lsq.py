@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['LSQ', 'cache_piece', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_linear',
-           'zero_outside_']
+__all__ = ['LSQ', 'cache_piece', 'clipped_gelu', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_linear']
 
 
 class LSQ(NamedTuple):
@@ -105,7 +104,7 @@ def _lsq_backward_(grad: Tensor, position: Tensor, steps: Tensor, q: _Grid) -> t
     grad = grad.to(position.dtype)
     terms = steps.mul_(grad)
     grad_sums = [] if q.zero is None else [grad.sum_to_size(q.zero.shape)]
-    grad_x = zero_outside_(grad, position, *_borders(q, position.dtype))
+    grad_x = _zero_outside_(grad, position, *_borders(q, position.dtype))
     inside_sums = [] if q.zero is None else [grad_x.sum_to_size(q.zero.shape)]
     return grad_x, [terms.addcmul_(grad_x, position, value=-1).sum_to_size(q.step.shape), *inside_sums, *grad_sums]
 
@@ -128,7 +127,7 @@ def _borders(q: _Grid, dtype: torch.dtype) -> tuple[float, float]:
     return q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
 
 
-def zero_outside_(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+def _zero_outside_(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """`grad` where low < x < high and 0 elsewhere, in place.
 
     By hardtanh's backward, the one elementwise kernel that masks without a tensor of booleans, which are slow on CPUs.
@@ -153,6 +152,22 @@ class _FakeQuantize(torch.autograd.Function):
         q = _grid(LSQ(step, zero, *ctx.code_range))
         grad_x, sums = _lsq_backward_(grad.clone(), *_positions_and_steps(x, q), q)
         return grad_x.to(x.dtype), *_step_gradients(sums, q, x.numel()), None, None
+
+
+# --- the activation of Q-MLP ------------------------------------------------------------------------------------------
+
+
+def clipped_gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """clip(GELU(x), -10, 10), in `out` or fresh."""
+    y = F.gelu(x) if out is None else torch.ops.aten.gelu.out(x, out=out)
+    return y.clamp_(-10., 10.)
+
+
+def _clipped_gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    """The gradient of x from that of clipped_gelu(x), in `out`, which may be `grad`, or fresh."""
+    grad_x = torch.ops.aten.gelu_backward(grad, x) if out is None else torch.ops.aten.gelu_backward.grad_input(
+        grad, x, grad_input=out)
+    return _zero_outside_(grad_x, x, -math.inf, 10.)  # GELU(x) is above 10 where x is
 
 
 # --- products of quantized operands -----------------------------------------------------------------------------------
@@ -181,7 +196,7 @@ def _product_dtype(x: Tensor, step: Tensor) -> torch.dtype:
 
 
 def quantized_linear(x: Tensor, weight: Tensor, qx: LSQ, qw: LSQ, bias: Tensor | None = None,
-                     w_hat: Tensor | None = None) -> Tensor:
+                     w_hat: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x_hat @ w_hat^T + bias, keeping x and weight for the backward.
 
     Args:
@@ -190,18 +205,20 @@ def quantized_linear(x: Tensor, weight: Tensor, qx: LSQ, qw: LSQ, bias: Tensor |
         qx, qw: quantizers of x and of the weight.
         bias: (N,)
         w_hat: the quantized weight, where the caller has it already.
+        gelu: quantize clipped_gelu(x) instead of x. It is computed again in the backward, not kept.
 
     Returns:
         (..., N)
     """
-    return _QuantizedLinear.apply(x, weight, bias, qx.step, qx.zero, qw.step, (qx.qn, qx.qp), (qw.qn, qw.qp), w_hat)
+    return _QuantizedLinear.apply(x, weight, bias, qx.step, qx.zero, qw.step, (qx.qn, qx.qp), (qw.qn, qw.qp), w_hat,
+                                  gelu)
 
 
 class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat):
-        ctx.x_range, ctx.w_range, ctx.has_bias = x_range, w_range, bias is not None
+    def forward(ctx, x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu):
+        ctx.x_range, ctx.w_range, ctx.has_bias, ctx.gelu = x_range, w_range, bias is not None, gelu
         ctx.save_for_backward(x, weight, x_step, x_zero, w_step)
         qx = _grid(LSQ(x_step, x_zero, *x_range))
         if w_hat is None:
@@ -211,13 +228,15 @@ class _QuantizedLinear(torch.autograd.Function):
         rows = x.flatten(0, -2)  # (M, K)
         size, out = cache_piece(len(rows), rows.shape[-1], x), None
         if size >= len(rows):
-            out = F.linear(_in_steps(rows, qx), w_scaled, bias)
+            out = F.linear(_in_steps(clipped_gelu(rows) if gelu else rows, qx), w_scaled, bias)
         else:
             dtype = _product_dtype(x, x_step)
             out, w_t = rows.new_empty(len(rows), len(weight), dtype=dtype), w_scaled.to(dtype).t()
             bias = rows.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
             scratch = _Scratch(True)
             for x_piece, out_piece in _split(size, rows, out):
+                if gelu:
+                    x_piece = clipped_gelu(x_piece, scratch('steps', x_piece, x.dtype))
                 steps = _in_steps(x_piece, qx, scratch('steps', x_piece, x_step.dtype))
                 torch.addmm(bias, steps.to(dtype), w_t, out=out_piece)
         return out.view(*x.shape[:-1], len(weight))
@@ -234,16 +253,19 @@ class _QuantizedLinear(torch.autograd.Function):
         scratch, grad_w_hat, sums = _Scratch(size < len(rows)), None, []
         grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if scratch.used else None
         for g, x_piece, out in _split(size, rows, x_rows, grad_x):
-            position, steps = _positions_and_steps(x_piece, qx, scratch.two('x', x_piece, w_hat.dtype))
+            y = clipped_gelu(x_piece, scratch('position x', x_piece, x.dtype)) if ctx.gelu else x_piece
+            position, steps = _positions_and_steps(y, qx, scratch.two('x', x_piece, w_hat.dtype))
             steps_half = steps.to(g.dtype)  # whole numbers: exact
             grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)
             grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx)
             sums.append(piece_sums)
+            if ctx.gelu:
+                grad_piece = _clipped_gelu_backward(grad_piece, x_piece, out)
         grad_w, w_sums = _lsq_backward_(grad_w_hat * qx.step, position_w, steps_w, qw)
         grad_w_step, _ = _step_gradients(w_sums, qw, weight.numel())
         grad_x = (grad_piece if grad_x is None else grad_x).to(x.dtype).view(x.shape)
         return (grad_x, grad_w.to(weight.dtype), rows.sum(0) if ctx.has_bias else None,
-                *_step_gradients(_total(sums), qx, x.numel()), grad_w_step, None, None, None)
+                *_step_gradients(_total(sums), qx, x.numel()), grad_w_step, None, None, None, None)
 
 
 class _Scratch:
@@ -259,9 +281,9 @@ class _Scratch:
         """Contiguous memory of the shape of `like`, or of (len(like), *shape); pieces do not grow."""
         if not self.used:
             return None
-        if name not in self._tensors:
-            self._tensors[name] = like.new_empty((len(like), *(shape or like.shape[1:])), dtype=dtype)
-        return self._tensors[name][:len(like)]
+        if (name, dtype) not in self._tensors:
+            self._tensors[name, dtype] = like.new_empty((len(like), *(shape or like.shape[1:])), dtype=dtype)
+        return self._tensors[name, dtype][:len(like)]
 
     def two(self, name: str, like: Tensor, dtype: torch.dtype, *shape: int) -> tuple[Tensor | None, Tensor | None]:
         """For a position and its code."""

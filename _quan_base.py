@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from _lsq import LSQ, code_range, codes, fake_quantize, min_step, quantized_linear
+from _lsq import LSQ, clipped_gelu, code_range, codes, fake_quantize, min_step, quantized_linear
 
 __all__ = ['ActQ', 'Conv2dQ', 'LinearQ', 'Rule', 'UncalibratedError', 'block_weights', 'calibrate', 'clamp_steps_',
            'first_batch_rule', 'is_calibrated', 'named_quantizers']
@@ -253,11 +253,12 @@ class LinearQ(_WeightQuantized, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_quantizers(in_features, weight_bits, act_bits, act_granularity)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """With `gelu`, of clipped_gelu(x) instead of x, which spares the memory to keep it."""
         if x.ndim > 3:  # the channels of a linear layer are its last axis, also where ActQ would take axis 1
-            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return quantized_linear(x, self.weight, self.act.lsq(x), self.weight_lsq(), self.bias,
-                                self._weight_in_evaluation())
+            return self(x.flatten(0, -2), gelu).unflatten(0, x.shape[:-1])
+        q = self.act.lsq(clipped_gelu(x.detach()) if gelu and self.act.pending else x)
+        return quantized_linear(x, self.weight, q, self.weight_lsq(), self.bias, self._weight_in_evaluation(), gelu)
 
 
 class Conv2dQ(_WeightQuantized, nn.Conv2d):

@@ -25,7 +25,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from _lsq import zero_outside_
+from _lsq import clipped_gelu
 from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
 from checkpoints import adapt_full_precision
@@ -115,21 +115,6 @@ class QAttention(nn.Module):
         return quantized_attention(q, k, v, quantizers, self.scale, dropout)
 
 
-class _ClippedGELU(torch.autograd.Function):
-    """clip(GELU(x), -10, 10), keeping x and, as the layer behind it does anyway, the output."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = F.gelu(x).clamp_(-10., 10.)
-        ctx.save_for_backward(x, y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y = ctx.saved_tensors
-        return zero_outside_(torch.ops.aten.gelu_backward(grad, x), y, -10., 10.)
-
-
 class QMlp(nn.Module):
     """Q-MLP: (B, N, dim) -> (B, N, dim)."""
 
@@ -142,7 +127,10 @@ class QMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(_ClippedGELU.apply(self.fc1(x)))))
+        x = self.fc1(x)
+        if self.training and not self.drop.p:
+            return self.fc2(x, gelu=True)
+        return self.drop(self.fc2(self.drop(clipped_gelu(x))))  # one after another, to be watched from outside
 
 
 class QBlock(nn.Module):

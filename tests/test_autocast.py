@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import _lsq
 from _quan_base import ActQ, Conv2dQ, LinearQ, calibrate
 from quant_vision_transformer import QAttention, QBlock, QMlp, QuantConfig
 
@@ -23,9 +24,15 @@ CHAINS = {  # of layers that quantize what others computed in bfloat16
 }
 
 
-def output_and_gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+class ClippedGELU(nn.Module):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _lsq.clipped_gelu(x)
+
+
+def output_and_gradients(module: nn.Module, x: Tensor, **options) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
-    out = module(x)
+    out = module(x, **options)
     out = out[0] if isinstance(out, tuple) else out
     names, parameters = zip(*module.named_parameters(), strict=True)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -53,6 +60,18 @@ def test_a_layer_has_the_error_of_bfloat16_products(name):
     make, shape = LAYERS[name]
     found = errors(make(), shape)
     assert all(error <= 0.01 for error in found.values()), found
+
+
+def test_pieces_of_a_gelu_in_half_precision(monkeypatch):
+    monkeypatch.setattr(_lsq, 'PIECE_BYTES', 5 * 32 * 4)
+    torch.manual_seed(0)
+    layer, x = LinearQ(32, 8, **LAYER), torch.randn(TOKENS).bfloat16()
+    calibrate(layer, x.float())
+    with torch.autocast('cpu', torch.bfloat16):
+        fused = output_and_gradients(layer, x, gelu=True)
+        composed = output_and_gradients(nn.Sequential(ClippedGELU(), layer), x)
+    for name, value in fused.items():
+        torch.testing.assert_close(value, composed[name if name in ('output', 'x') else f'1.{name}'])
 
 
 @pytest.mark.parametrize('name', CHAINS)

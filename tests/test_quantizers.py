@@ -11,6 +11,7 @@ import _lsq
 from _lsq import LSQ, code_range, fake_quantize, quantized_linear
 from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, calibrate, clamp_steps_, first_batch_rule
+from quant_vision_transformer import QMlp, QuantConfig
 
 SHAPES = {'2-D': (6, 5), '3-D': (2, 3, 5), '4-D': (2, 5, 3, 4)}  # five channels each
 LAYER = {'weight_bits': 3, 'act_bits': 4}
@@ -152,6 +153,29 @@ def test_linear_product_equals_its_composition(monkeypatch, pieces, bias, per_te
 
 
 @pytest.mark.parametrize('pieces', [False, True])
+def test_linear_product_of_a_gelu_equals_its_composition(monkeypatch, pieces):
+    if pieces:
+        monkeypatch.setattr(_lsq, 'PIECE_BYTES', 5 * 7 * 8)
+    x, weight = torch.randn(4, 6, 7) * 3, torch.randn(3, 7, requires_grad=True)
+    x[0, 0] = torch.tensor([9.9, 10.1, 25., -10.1, -25., 0., 10.])
+    qx, qw = random_lsq(7, bits=8, signed=True), random_lsq(3, 1, bits=3, signed=True, weight=True)
+    x.requires_grad_()
+    tensors, upstream = [x, weight, qx.step, qx.zero, qw.step], torch.randn(4, 6, 3)
+
+    def composed():
+        return composed_linear(F.gelu(x).clamp(-10, 10), weight, qx, qw, None)
+
+    def fused():
+        return quantized_linear(x, weight, qx, qw, gelu=True)
+
+    torch.testing.assert_close(fused(), composed())
+    theirs = gradients(composed, tensors, upstream)
+    for mine, other in zip(gradients(fused, tensors, upstream), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+    assert theirs[0][0, 0, 2] == 0
+
+
+@pytest.mark.parametrize('pieces', [False, True])
 @pytest.mark.parametrize('with_dropout', [False, True])
 def test_attention_equals_its_composition(monkeypatch, pieces, with_dropout):
     if pieces:
@@ -192,6 +216,11 @@ def test_training_keeps_what_full_precision_keeps():
     calibrate(layer, x)
     steps = sum(tensor.nbytes for tensor in (layer.alpha, layer.act.alpha, layer.act.zero_point))
     assert kept_bytes(lambda: layer.train()(x)) <= kept_bytes(lambda: plain(x)) + steps
+
+    mlp, fc1, fc2 = QMlp(32, 128, QuantConfig(4, 4)), nn.Linear(32, 128), nn.Linear(128, 32)
+    calibrate(mlp, x)
+    hidden = x.nbytes // 32 * 128  # GELU's output, which the quantized one does not keep
+    assert kept_bytes(lambda: mlp.train()(x)) < kept_bytes(lambda: fc2(F.gelu(fc1(x)))) - 0.9 * hidden
 
     q = torch.randn(2, 3, 200, 8, requires_grad=True)
     quantizers = tuple(random_lsq(3, 1, 1, bits=4, signed=True) for _ in range(4))
