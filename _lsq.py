@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import native_lsq
+
 __all__ = ['LSQ', 'cache_piece', 'clipped_gelu', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_linear']
 
 
@@ -44,17 +46,27 @@ def min_step(dtype: torch.dtype) -> float:
 
 
 class _Grid(NamedTuple):
-    """A quantizer in use: a positive step, its reciprocal and an integer zero point, none with a gradient."""
+    """A quantizer in use: a positive step, its reciprocal and an integer zero point, none with a gradient.
+
+    `native`: by the kernels of `native_lsq`, which find the position of a value from the value itself: where functions
+    return or take positions, these are then x, contiguous and of the step's dtype.
+    """
     step: Tensor
     per_step: Tensor
     zero: Tensor | None
     qn: int
     qp: int
+    native: bool
 
 
 def _grid(q: LSQ) -> _Grid:
     step = q.step.detach().clamp_min(min_step(q.step.dtype))
-    return _Grid(step, step.reciprocal(), None if q.zero is None else q.zero.detach().round(), q.qn, q.qp)
+    return _Grid(step, step.reciprocal(), None if q.zero is None else q.zero.detach().round(), q.qn, q.qp,
+                 native_lsq.enabled(step))
+
+
+def _for_kernels(x: Tensor, q: _Grid) -> Tensor:
+    return x.to(q.step.dtype).contiguous()
 
 
 def _positions(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
@@ -76,11 +88,16 @@ def _centred_(codes: Tensor, q: _Grid) -> Tensor:
 
 def _in_steps(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
     """x_hat / alpha, whole numbers, in `out` or fresh."""
+    if q.native:
+        return native_lsq.steps(_for_kernels(x, q), q, out)
     return _centred_(_positions(x, q, out).clamp_(q.qn, q.qp).round_(), q)
 
 
 def _positions_and_steps(x: Tensor, q: _Grid, outs: tuple[Tensor | None, ...] = (None, None)) -> tuple[Tensor, Tensor]:
     """x / alpha + z and x_hat / alpha, in `outs` or fresh."""
+    if q.native:
+        x = _for_kernels(x, q)
+        return x, native_lsq.steps(x, q, outs[1])
     position = _positions(x, q, outs[0])
     return position, _centred_(torch.clamp(position, q.qn, q.qp, out=outs[1]).round_(), q)
 
@@ -102,6 +119,9 @@ def _lsq_backward_(grad: Tensor, position: Tensor, steps: Tensor, q: _Grid) -> t
     sums over a channel are those of grad c - dx p, dx and grad. `grad` and `steps` are used up: memory is dear.
     """
     grad = grad.to(position.dtype)
+    if q.native:
+        grad = grad.contiguous()
+        return grad, native_lsq.backward_(grad, position, q, _borders(q, position.dtype))
     terms = steps.mul_(grad)
     grad_sums = [] if q.zero is None else [grad.sum_to_size(q.zero.shape)]
     grad_x = _zero_outside_(grad, position, *_borders(q, position.dtype))
@@ -174,17 +194,19 @@ def _clipped_gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> Tenso
 
 
 PIECE_BYTES = 1 << 19
+PIECE_BYTES_OF_KERNELS = 1 << 22  # measured: with few passes, fewer and larger products are faster
 
 
-def cache_piece(items: int, numel: int, like: Tensor) -> int:
+def cache_piece(items: int, numel: int, like: Tensor, native: bool = False) -> int:
     """How many of a batch's items to compute at a time, with `numel` values each in the largest temporary.
 
     A pass over a piece that stays in a CPU's cache is several times faster than one over all the batch. GPUs and the
-    compiler, which fuses the passes, get all at once.
+    compiler, which fuses the passes, get all at once. `native`: the passes are those of `native_lsq`.
     """
     if like.device.type != 'cpu' or torch.compiler.is_compiling():
         return items
-    most = max(1, PIECE_BYTES // max(1, numel * like.element_size()))
+    piece = PIECE_BYTES_OF_KERNELS if native else PIECE_BYTES
+    most = max(1, piece // max(1, numel * like.element_size()))
     return math.ceil(items / math.ceil(items / most)) if items else 1  # pieces of equal size
 
 
@@ -226,7 +248,7 @@ class _QuantizedLinear(torch.autograd.Function):
             w_hat = _in_steps(weight, qw).mul_(qw.step)
         w_scaled = w_hat * qx.step  # x_hat @ w_hat^T with the steps of x in the smaller operand
         rows = x.flatten(0, -2)  # (M, K)
-        size, out = cache_piece(len(rows), rows.shape[-1], x), None
+        size, out = cache_piece(len(rows), rows.shape[-1], x, qx.native), None
         if size >= len(rows):
             out = F.linear(_in_steps(clipped_gelu(rows) if gelu else rows, qx), w_scaled, bias)
         else:
@@ -249,7 +271,7 @@ class _QuantizedLinear(torch.autograd.Function):
         w_hat = steps_w * qw.step
         w_half = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
         rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)                        # (M, N), (M, K)
-        size = cache_piece(len(rows), x_rows.shape[-1], x)
+        size = cache_piece(len(rows), x_rows.shape[-1], x, qx.native)
         scratch, grad_w_hat, sums = _Scratch(size < len(rows)), None, []
         grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if scratch.used else None
         for g, x_piece, out in _split(size, rows, x_rows, grad_x):

@@ -58,7 +58,7 @@ class _QuantizedAttention(torch.autograd.Function):
         steps = q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero
         ctx.save_for_backward(q, k, v, *steps, dropout)
         qq, qk, qv, qa = _attention_grids(steps, ranges)
-        few, one = _attention_pieces(q)
+        few, one = _attention_pieces(q, qq.native)
         scratch = _Scratch(one < len(q))
         out = torch.empty_like(q, dtype=dtype) if scratch.used else None
         for q_few, k_few, v_few, *maps in _split(few, q, k, v, dropout, out):
@@ -79,7 +79,7 @@ class _QuantizedAttention(torch.autograd.Function):
         q, k, v, *steps, dropout = ctx.saved_tensors
         qq, qk, qv, qa = _attention_grids(steps, ctx.ranges)
         dtype, wide, sums, sums_a, outs = ctx.dtype, qq.step.dtype, [], [], [None, None, None]
-        few, one = _attention_pieces(q)
+        few, one = _attention_pieces(q, qq.native)
         scratch = _Scratch(one < len(q))
         if scratch.used:
             outs = [torch.empty(q.shape, dtype=wide, device=q.device) for _ in outs]
@@ -135,8 +135,8 @@ def _attention_grids(steps: list[Tensor], ranges: tuple[tuple[int, int], ...]) -
             for step, zero, code_range in zip(steps[::2], steps[1::2], ranges, strict=True)]
 
 
-def _attention_pieces(q: Tensor) -> tuple[int, int]:
+def _attention_pieces(q: Tensor, native: bool) -> tuple[int, int]:
     """How many images to compute at a time: their q, k and v, and their N x N maps, which are larger."""
     (_, heads, tokens, width), size = q.shape, len(q)
-    one = cache_piece(size, heads * tokens ** 2, q)
-    return max(one, cache_piece(size, heads * tokens * width, q)), one
+    one = cache_piece(size, heads * tokens ** 2, q, native)
+    return max(one, cache_piece(size, heads * tokens * width, q, native)), one

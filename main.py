@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 import build
+import native_lsq
 import utils
 from _quan_base import is_calibrated
 from checkpoints import description, load_full_precision, load_quantized, read_checkpoint, write_checkpoint
+from cpp_library import NativeUnavailable
 from engine import evaluate_and_say, fit
 from flags import DEFAULT_MODEL, DEFAULT_SIZE, check_args, parse_args
 from training import build_training
@@ -55,6 +57,10 @@ def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
     device = utils.init_distributed(args)
     if device_was_open and args.device == 'cpu':
         print('no CUDA GPU here: running on the CPU')
+    try:
+        native_lsq.enable(args.native_kernels)
+    except NativeUnavailable as error:
+        raise UserError(f'--native-kernels: {error}') from error
     output = Path(args.output_dir) if args.output_dir else None
     if args.resume == 'auto':
         args.resume = str(output / 'checkpoint.pth') if (output / 'checkpoint.pth').is_file() else ''

@@ -1,34 +1,24 @@
 """Integer inference in fused C++ kernels on the CPU: compiles `integer_kernels.cpp` once, runs an `IntegerViT` in it.
 
-The compiled library lies in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, under qvit), named by a checksum of
-the source, the compiler and this processor. Without a C++ compiler, `fastest` gives the network in plain torch instead.
+Without a C++ compiler, `fastest` gives the network in plain torch instead.
 """
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cpp_library import NativeUnavailable, load
 from integer import IntBlock, IntegerViT, IntLinear, Quantizer
 
 __all__ = ['NativeUnavailable', 'NativeViT', 'fastest']
 
 SOURCE = Path(__file__).with_name('integer_kernels.cpp')
-# Rounding may be moved and traps are off, so that loops vectorize; infinities and NaN keep their meaning.
-FLAGS = ['-std=c++17', '-O3', '-march=native', '-shared', '-fPIC', '-pthread', '-fopenmp-simd', '-fno-math-errno',
-         '-fno-trapping-math', '-fno-signed-zeros', '-ffp-contract=fast']
-WIDE = ['-mprefer-vector-width=512']  # x86: compilers choose 256 bits by themselves
+FLAGS = ['-pthread', '-fopenmp-simd', '-ffp-contract=fast']
 HEAD_WIDTH = 64
 LARGEST_ZERO = 1024  # of q, v and attention, whose products the kernels sum in 32 bits
 LINEARS = ('qkv', 'proj', 'fc1', 'fc2')
@@ -36,50 +26,10 @@ QUANTIZERS = ('attn_in', 'q', 'k', 'v', 'attn', 'proj_in', 'fc1_in', 'fc2_in')
 VECTORS = ('score_scale', 'q_zero', 'v_zero', 'attn_zero', 'out_scale')
 
 
-class NativeUnavailable(RuntimeError):
-    """The kernels cannot be compiled here, or not run this network; the message is one line that says why."""
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return platform.machine() + ''.join(sorted({line for line in lines if line.startswith(('flags', 'model name',
-                                                                                           'Features'))}))
-
-
-def _compile(compiler: list[str], library: Path) -> None:
-    wide = WIDE if platform.machine().lower() in ('x86_64', 'amd64') else []
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        beside = Path(folder) / library.name
-        for flags in (FLAGS + wide, FLAGS, [flag for flag in FLAGS if flag != '-march=native']):  # not all know all
-            command = [*compiler, *flags, str(SOURCE), '-o', str(beside)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if result.returncode == 0:
-                os.replace(beside, library)
-                return
-    reason = next((line for line in result.stderr.splitlines() if 'error' in line), 'no message')
-    raise NativeUnavailable(f'{compiler[0]} cannot compile {SOURCE.name} ({reason.strip()})')
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     """The compiled kernels, from the cache or compiled now."""
-    compiler = shlex.split(os.environ.get('CXX', '')) or [shutil.which('g++') or shutil.which('clang++') or '']
-    if not shutil.which(compiler[0]):
-        raise NativeUnavailable(f'no C++ compiler ({compiler[0] or "g++"}) was found: install one, or name it in $CXX')
-    key = '\n'.join([SOURCE.read_text(), _processor(), *compiler, *FLAGS])
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'qvit'
-    path = cache / f'integer_kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
-    try:
-        if not path.is_file():
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailable(f'{path} cannot be made or loaded ({" ".join(str(error).split())})') from error
+    library = load(SOURCE, FLAGS)
     integer, pointer = ctypes.c_int, ctypes.c_void_p
     for name, result, arguments in (
             ('instructions', ctypes.c_char_p, []), ('new', pointer, [pointer, pointer]), ('free', None, [pointer]),

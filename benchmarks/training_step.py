@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import native_lsq  # noqa: E402
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
 from losses import DistillationLoss, Teacher, distribution_guided_distillation  # noqa: E402
 from optim import build_optimizer  # noqa: E402
@@ -70,6 +71,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda (here: %(default)s)')
     add('--threads', default=torch.get_num_threads(), type=int, metavar='N', help='of the CPU (here: %(default)s)')
     add('--compile', action='store_true', help='torch.compile both networks, the quantized one with fullgraph=True')
+    add('--native-kernels', action='store_true', help='quantizers in C++, on a CPU')
     add('--amp', default='none', choices=('none', 'bf16'), help='bf16: under autocast (default: %(default)s)')
     add('--repeats', default=10, type=int, metavar='N',
         help='timed pairs of steps; more of them narrow the quartiles (default: %(default)s)')
@@ -78,6 +80,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.input_size % 16 or min(args.input_size, args.batch_size, args.threads, args.repeats) < 1:
         parser.error('the numbers are at least 1, and --input-size is a multiple of 16')
+    if args.native_kernels and (args.compile or args.device != 'cpu'):
+        parser.error('--native-kernels are for --device cpu, without --compile')
     if not (args.device == 'cpu' or args.device.startswith('cuda') and torch.cuda.is_available()):
         parser.error(f'--device {args.device}: neither cpu nor a GPU that PyTorch {torch.__version__} finds')
     return args
@@ -274,6 +278,7 @@ def table(results: dict) -> str:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    native_lsq.enable(args.native_kernels)
     if args.memory_of:
         print(json.dumps(measure_memory(*args.memory_of, args)))
         return

@@ -1,10 +1,13 @@
 """Fixtures that tests of whole runs share."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TINY, run
+
+import native_lsq
 
 
 @pytest.fixture
@@ -13,6 +16,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=['torch', 'C++'])
+def kernels(request):
+    """Runs a test with the quantizers in torch, and again with them in C++."""
+    if request.param == 'C++' and shutil.which('g++') is None:
+        pytest.skip('no C++ compiler')
+    native_lsq.enable(request.param == 'C++')
+    yield
+    native_lsq.enable(False)
 
 
 @pytest.fixture(scope='session')

@@ -9,6 +9,7 @@ import _lsq
 from _quan_base import ActQ, Conv2dQ, LinearQ, calibrate
 from quant_vision_transformer import QAttention, QBlock, QMlp, QuantConfig
 
+pytestmark = pytest.mark.usefixtures('kernels')
 LAYER, QUANT = {'weight_bits': 4, 'act_bits': 4}, QuantConfig(4, 4)
 TOKENS, IMAGES = (8, 20, 32), (2, 3, 8, 8)
 LAYERS = {  # module, shape of its input
@@ -63,7 +64,8 @@ def test_a_layer_has_the_error_of_bfloat16_products(name):
 
 
 def test_pieces_of_a_gelu_in_half_precision(monkeypatch):
-    monkeypatch.setattr(_lsq, 'PIECE_BYTES', 5 * 32 * 4)
+    for name in ('PIECE_BYTES', 'PIECE_BYTES_OF_KERNELS'):
+        monkeypatch.setattr(_lsq, name, 5 * 32 * 4)
     torch.manual_seed(0)
     layer, x = LinearQ(32, 8, **LAYER), torch.randn(TOKENS).bfloat16()
     calibrate(layer, x.float())

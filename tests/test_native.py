@@ -12,8 +12,12 @@ import subprocess
 import pytest
 import timm
 import torch
+from helpers import TINY, run
 
+import cpp_library
 import native
+import native_lsq
+from _lsq import LSQ, fake_quantize
 from _quan_base import calibrate
 from integer import IntegerViT
 
@@ -99,12 +103,12 @@ def test_whole_depth_and_resolution():
     (['-march=x86-64'], None, 'portable'), (['-march=haswell'], 'avx2', 'AVX2'),
     (['-march=haswell', '-mavxvnni'], 'avx_vnni', 'AVX-VNNI')])
 def test_every_instruction_set_gives_the_same(own_cache, monkeypatch, flags, needs, instructions):
-    if platform.machine() != 'x86_64' or needs and needs not in native._processor():
+    if platform.machine() != 'x86_64' or needs and needs not in cpp_library.processor():
         pytest.skip(f'this processor lacks {needs}')
     network, images = make(size=(32, 32), depth=1, act_bits=8)
     expected = native.NativeViT(network)(images)
-    monkeypatch.setattr(native, 'FLAGS', [*flags, *(flag for flag in native.FLAGS if flag != '-march=native')])
-    monkeypatch.setattr(native, 'WIDE', [])
+    monkeypatch.setattr(cpp_library, 'FLAGS', [flag for flag in cpp_library.FLAGS if flag != '-march=native'] + flags)
+    monkeypatch.setattr(cpp_library, 'WIDE', [])
     native._library.cache_clear()
     other = native.NativeViT(network)
     assert other.instructions == instructions
@@ -158,3 +162,38 @@ def test_damaged_values_do_not_crash():
     images[0, 0, 0, 0], images[1] = float('nan'), float('inf')
     logits = native.NativeViT(network)(images)
     assert torch.equal(logits[2:], native.NativeViT(network)(images[2:]))
+
+
+@pytest.mark.parametrize(('x_shape', 'step_shape'), [((4000, 60), (60,)), ((5, 3, 90, 90), (3, 1, 1)),
+                                                     ((60, 4000), (60, 1)), ((4000, 60), (1,))], ids=str)
+def test_quantizers_on_several_threads(x_shape, step_shape):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, *x_shape, dtype=torch.float64).unbind()
+    step = (torch.rand(step_shape, dtype=torch.float64) + 0.5).requires_grad_()
+    zero = torch.randn(step_shape, dtype=torch.float64).requires_grad_()
+
+    def quantized(on: bool) -> tuple:
+        native_lsq.enable(on)
+        x_hat = fake_quantize(x.requires_grad_(), LSQ(step, zero, -8, 7))
+        return x_hat, *torch.autograd.grad(x_hat, [x, step, zero], grad)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert native_lsq._threads(x) == 3
+        torch.testing.assert_close(quantized(True), quantized(False), rtol=1e-10, atol=1e-12)
+    finally:
+        torch.set_num_threads(before)
+        native_lsq.enable(False)
+
+
+def test_a_training_run_with_kernels(tmp_path, capsys, monkeypatch):
+    flags = *TINY, '--epochs', 1, '--native-kernels'
+    assert run(*flags, '--output_dir', tmp_path) == 0 and native_lsq.enabled(torch.ones(1))
+    assert run(*TINY, '--epochs', 1) == 0 and not native_lsq.enabled(torch.ones(1))
+    capsys.readouterr()
+    assert run(*flags, '--compile') == 2
+    assert 'choose one' in capsys.readouterr().err
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    assert run(*flags) == 2
+    assert '--native-kernels: no C++ compiler (no-such-compiler)' in capsys.readouterr().err

@@ -13,6 +13,7 @@ from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, calibrate, clamp_steps_, first_batch_rule
 from quant_vision_transformer import QMlp, QuantConfig
 
+pytestmark = pytest.mark.usefixtures('kernels')
 SHAPES = {'2-D': (6, 5), '3-D': (2, 3, 5), '4-D': (2, 5, 3, 4)}  # five channels each
 LAYER = {'weight_bits': 3, 'act_bits': 4}
 
@@ -121,6 +122,11 @@ def test_weight_gradients_by_hand(make):
     torch.testing.assert_close(layer.alpha.grad, grad_alpha, rtol=1e-10, atol=1e-12)
 
 
+def set_piece_bytes(monkeypatch, size: int) -> None:
+    for name in ('PIECE_BYTES', 'PIECE_BYTES_OF_KERNELS'):
+        monkeypatch.setattr(_lsq, name, size)
+
+
 def composed_linear(x, weight, qx, qw, bias):
     return F.linear(fake_quantize(x, qx), fake_quantize(weight, qw), bias)
 
@@ -139,7 +145,7 @@ def gradients(function, tensors, upstream):
 @pytest.mark.parametrize('per_tensor', [False, True])
 def test_linear_product_equals_its_composition(monkeypatch, pieces, bias, per_tensor):
     if pieces:
-        monkeypatch.setattr(_lsq, 'PIECE_BYTES', 5 * 7 * 8)
+        set_piece_bytes(monkeypatch, 5 * 7 * 8)
     x, weight = torch.randn(4, 6, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
     qx = random_lsq(1 if per_tensor else 7, bits=4, signed=True)
     qw = random_lsq(3, 1, bits=3, signed=True, weight=True)
@@ -155,7 +161,7 @@ def test_linear_product_equals_its_composition(monkeypatch, pieces, bias, per_te
 @pytest.mark.parametrize('pieces', [False, True])
 def test_linear_product_of_a_gelu_equals_its_composition(monkeypatch, pieces):
     if pieces:
-        monkeypatch.setattr(_lsq, 'PIECE_BYTES', 5 * 7 * 8)
+        set_piece_bytes(monkeypatch, 5 * 7 * 8)
     x, weight = torch.randn(4, 6, 7) * 3, torch.randn(3, 7, requires_grad=True)
     x[0, 0] = torch.tensor([9.9, 10.1, 25., -10.1, -25., 0., 10.])
     qx, qw = random_lsq(7, bits=8, signed=True), random_lsq(3, 1, bits=3, signed=True, weight=True)
@@ -179,7 +185,7 @@ def test_linear_product_of_a_gelu_equals_its_composition(monkeypatch, pieces):
 @pytest.mark.parametrize('with_dropout', [False, True])
 def test_attention_equals_its_composition(monkeypatch, pieces, with_dropout):
     if pieces:
-        monkeypatch.setattr(_lsq, 'PIECE_BYTES', 2 * 3 * 5 * 5 * 8)
+        set_piece_bytes(monkeypatch, 2 * 3 * 5 * 5 * 8)
     q, k, v = (torch.randn(5, 5, 3, 4).transpose(1, 2).requires_grad_() for _ in range(3))  # (B, H, N, d), strided
     quantizers = tuple(random_lsq(3, 1, 1, bits=4, signed=signed) for signed in (True, True, True, False))
     dropout = F.dropout(torch.ones(5, 3, 5, 5), 0.3) if with_dropout else None

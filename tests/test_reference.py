@@ -16,6 +16,9 @@ HERE = Path(__file__).parent / 'reference'
 RELATIVE = 1e-8
 
 
+pytestmark = pytest.mark.usefixtures('kernels')
+
+
 @pytest.fixture(scope='module')
 def keys() -> dict:
     return json.loads((HERE / 'state_keys_tiny.json').read_text())
