@@ -65,8 +65,11 @@ def _grid(q: LSQ) -> _Grid:
                  native_lsq.enabled(step))
 
 
-def _for_kernels(x: Tensor, q: _Grid) -> Tensor:
-    return x.to(q.step.dtype).contiguous()
+def _for_kernels(x: Tensor, q: _Grid) -> Tensor | None:
+    """x as the kernels take it; None where torch is to compute, also for x of more precision than the step."""
+    if q.native and torch.promote_types(x.dtype, q.step.dtype) == q.step.dtype:
+        return x.to(q.step.dtype).contiguous()
+    return None
 
 
 def _positions(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
@@ -88,16 +91,17 @@ def _centred_(codes: Tensor, q: _Grid) -> Tensor:
 
 def _in_steps(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
     """x_hat / alpha, whole numbers, in `out` or fresh."""
-    if q.native:
-        return native_lsq.steps(_for_kernels(x, q), q, out)
+    taken = _for_kernels(x, q)
+    if taken is not None:
+        return native_lsq.steps(taken, q, out)
     return _centred_(_positions(x, q, out).clamp_(q.qn, q.qp).round_(), q)
 
 
 def _positions_and_steps(x: Tensor, q: _Grid, outs: tuple[Tensor | None, ...] = (None, None)) -> tuple[Tensor, Tensor]:
     """x / alpha + z and x_hat / alpha, in `outs` or fresh."""
-    if q.native:
-        x = _for_kernels(x, q)
-        return x, native_lsq.steps(x, q, outs[1])
+    taken = _for_kernels(x, q)
+    if taken is not None:
+        return taken, native_lsq.steps(taken, q, outs[1])
     position = _positions(x, q, outs[0])
     return position, _centred_(torch.clamp(position, q.qn, q.qp, out=outs[1]).round_(), q)
 
@@ -119,7 +123,7 @@ def _lsq_backward_(grad: Tensor, position: Tensor, steps: Tensor, q: _Grid) -> t
     sums over a channel are those of grad c - dx p, dx and grad. `grad` and `steps` are used up: memory is dear.
     """
     grad = grad.to(position.dtype)
-    if q.native:
+    if q.native and position.dtype == q.step.dtype:
         grad = grad.contiguous()
         return grad, native_lsq.backward_(grad, position, q, _borders(q, position.dtype))
     terms = steps.mul_(grad)

@@ -254,7 +254,7 @@ class LinearQ(_WeightQuantized, nn.Linear):
         self._add_quantizers(in_features, weight_bits, act_bits, act_granularity)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """With `gelu`, of clipped_gelu(x) instead of x, which spares the memory to keep it."""
+        """With `gelu`, quantizes clipped_gelu(x), computed again in the backward instead of kept; hooks see x."""
         if x.ndim > 3:  # the channels of a linear layer are its last axis, also where ActQ would take axis 1
             return self(x.flatten(0, -2), gelu).unflatten(0, x.shape[:-1])
         q = self.act.lsq(clipped_gelu(x.detach()) if gelu and self.act.pending else x)

@@ -238,7 +238,8 @@ def check_args(args: Namespace) -> None:
         raise UserError(f'--device {args.device} is unknown: choose cuda or cpu') from error
     require(kind != 'cuda' or cuda, f'--device {args.device}: PyTorch finds no CUDA GPU here, choose cpu')
     require(args.amp != 'fp16' or kind != 'cpu', '--amp fp16 needs a GPU: choose bf16 or none')
-    require(not args.native_kernels or kind == 'cpu', f'--native-kernels are for CPUs, not {kind}: leave it out')
+    require(not args.native_kernels or kind == 'cpu', f'--native-kernels are for CPUs, not {kind}: leave it out, or '
+                                                          'choose --device cpu')
     require(not (args.native_kernels and args.compile), '--native-kernels stand in for --compile: choose one')
 
     require(args.data_set in (None, 'DIGITS') or args.data_path is not None, f'--data-set {args.data_set} needs '

@@ -151,6 +151,7 @@ def distribution_guided_distillation(
     Returns:
         (loss_q, loss_k), each 0-dim, in [0, sqrt(2) * layers * heads].
     """
+    assert student_qk, 'no layers to compare'
     same_prefix = student_prefix_tokens == teacher_prefix_tokens
     skips = (0, 0) if same_prefix else (student_prefix_tokens, teacher_prefix_tokens)
     # As one batch, layers are a twelfth of a GPU's kernel launches at depth 12; one by one, they stay in a CPU's cache.
@@ -162,6 +163,7 @@ def distribution_guided_distillation(
                 student, teacher = (_stack([pair[whose][which][:, :, skips[whose]:] for pair in group])
                                     for whose in (0, 1))  # (L, B, H, N, d) each, d its own
                 distances.append(_gram_distance(student, teacher))
+            del group, student, teacher  # before the next ones are taken
     return tuple(torch.cat(distances).sum(dim=(0, 2)).mean() for distances in losses)  # (L, B, H) -> (B,) -> ()
 
 
@@ -169,11 +171,10 @@ def _stack(layers: list[Tensor]) -> Tensor:
     return layers[0][None] if len(layers) == 1 else torch.stack(layers)
 
 
-def _given_up(layers: list[Pair]) -> Iterator[Pair]:
+def _given_up(layers: deque[Pair]) -> Iterator[Pair]:
     """The layers, none of them kept: the gradients that DGD computes at once then take no memory beside them."""
-    layers.reverse()
     while layers:
-        yield layers.pop()
+        yield layers.popleft()
 
 
 def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student_prefix_tokens: int,
@@ -347,6 +348,7 @@ class DistillationLoss(nn.Module):
                 teacher_logits, labels = labels.logits((outputs[0] if is_pair else outputs).shape[-1]), labels.labels
             else:
                 teacher_logits, teacher_qk = self.teacher(inputs)
+                teacher_qk = deque(teacher_qk)
         parts = {}
         if self.distillation_type == 'none':
             logits = (outputs[0] + outputs[1]) / 2 if is_pair else outputs

@@ -14,21 +14,30 @@ struct Grid {
     T qn, qp;
 };
 
+// Where x lies on the grid. torch fuses the sum where each value has a zero point of its own, given the instruction.
+template <bool fused, typename T>
+inline T position_of(T x, T per_step, T zero) {
+#ifdef __FMA__
+    if (fused) return std::fma(x, per_step, zero);
+#endif
+    return x * per_step + zero;
+}
+
 // x_hat / alpha; NaN stays NaN.
-template <typename T>
+template <bool fused, typename T>
 inline T in_steps(T x, T per_step, T zero, T qn, T qp) {
-    T position = x * per_step + zero;
+    T position = position_of<fused>(x, per_step, zero);
     position = position < qn ? qn : position;
     position = position > qp ? qp : position;
     return std::nearbyint(position) - zero;
 }
 
-// The gradient inside the range, 0 outside; sums of grad c - dx p, dx and grad, with p in steps from 0 of the grid.
-template <typename T>
+// The gradient inside the range, 0 outside and for NaN; adds up grad c - dx p, dx and grad.
+template <bool fused, typename T>
 inline T backward(T grad, T x, T per_step, T zero, T qn, T qp, T low, T high, T& terms, T& inside, T& all) {
-    const T position = x * per_step + zero;
-    const T dx = position <= low || position >= high ? T(0) : grad;
-    terms += grad * in_steps(x, per_step, zero, qn, qp) - dx * position;
+    const T position = position_of<fused>(x, per_step, zero);
+    const T dx = position > low && position < high ? grad : T(0);
+    terms += grad * in_steps<fused>(x, per_step, zero, qn, qp) - dx * position;
     inside += dx;
     all += grad;
     return dx;
@@ -52,7 +61,7 @@ void steps(const T* x, T* out, int64_t outer, int64_t channels, int64_t inner, G
                 T* to = out + row * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c)
-                    to[c] = in_steps(from[c], grid.per_step[c], grid.zero[c], grid.qn, grid.qp);
+                    to[c] = in_steps<true>(from[c], grid.per_step[c], grid.zero[c], grid.qn, grid.qp);
             }
         });
         return;
@@ -64,7 +73,7 @@ void steps(const T* x, T* out, int64_t outer, int64_t channels, int64_t inner, G
             T* to = out + row * inner;
 #pragma omp simd
             for (int64_t i = 0; i < inner; ++i)
-                to[i] = in_steps(from[i], per_step, zero, grid.qn, grid.qp);
+                to[i] = in_steps<false>(from[i], per_step, zero, grid.qn, grid.qp);
         }
     });
 }
@@ -80,8 +89,8 @@ void backward_all(T* grad, const T* x, T* sums, int64_t outer, int64_t channels,
                 T* g = grad + row * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c)
-                    g[c] = backward(g[c], from[c], grid.per_step[c], grid.zero[c], grid.qn, grid.qp, low, high,
-                                    terms[c], inside[c], all[c]);
+                    g[c] = backward<true>(g[c], from[c], grid.per_step[c], grid.zero[c], grid.qn, grid.qp, low, high,
+                                          terms[c], inside[c], all[c]);
             }
         });
         return;
@@ -94,7 +103,7 @@ void backward_all(T* grad, const T* x, T* sums, int64_t outer, int64_t channels,
             T *g = grad + row * inner, terms = 0, inside = 0, all = 0;
 #pragma omp simd reduction(+ : terms, inside, all)
             for (int64_t i = 0; i < inner; ++i)
-                g[i] = backward(g[i], from[i], per_step, zero, grid.qn, grid.qp, low, high, terms, inside, all);
+                g[i] = backward<false>(g[i], from[i], per_step, zero, grid.qn, grid.qp, low, high, terms, inside, all);
             T* to = sums + thread * 3 * channels + channel;
             to[0] += terms, to[channels] += inside, to[2 * channels] += all;
         }

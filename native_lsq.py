@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ['backward_', 'enable', 'enabled', 'steps']
 
 SOURCE = Path(__file__).with_name('lsq_kernels.cpp')
-FLAGS = ['-fopenmp', '-ffp-contract=off']  # off: positions as torch rounds them, and so the same codes
+FLAGS = ['-fopenmp', '-ffp-contract=off']  # what is fused is as in torch: the same positions and so codes
 DTYPES = {torch.float32: 'float32', torch.float64: 'float64'}
 _functions: dict[tuple[str, torch.dtype], ctypes._CFuncPtr] = {}
 
@@ -51,16 +51,23 @@ def enabled(step: Tensor) -> bool:
 
 
 def _layout(x: Tensor, step: Tensor) -> tuple[int, int, int]:
-    """(outer, channels, inner) of x, with a step for each of the channels."""
+    """(outer, channels, inner) of x, with a step for each of the channels; the kernels' threads share outer * channels.
+
+    Raises:
+        ValueError: x has another number of channels, or lies elsewhere.
+    """
     if step.numel() == 1:
-        return 1, 1, x.numel()
+        inner = max(1, x.shape[-1]) if x.ndim else 1
+        return x.numel() // inner, 1, inner
     axis = x.ndim - step.ndim + next(i for i, size in enumerate(step.shape) if size > 1)
+    if axis < 0 or x.shape[axis] != step.numel() or x.device != step.device:
+        raise ValueError(f'{step.numel()} steps on {step.device} do not fit x of shape {list(x.shape)} on {x.device}')
     return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1:])
 
 
 def _threads(x: Tensor) -> int:
     """As torch does, one thread for each 32768 values."""
-    return max(1, min(torch.get_num_threads(), x.numel() >> 15))
+    return max(1, min(torch.get_num_threads(), -(-x.numel() // 32768)))
 
 
 def steps(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:

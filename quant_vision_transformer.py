@@ -116,7 +116,10 @@ class QAttention(nn.Module):
 
 
 class QMlp(nn.Module):
-    """Q-MLP: (B, N, dim) -> (B, N, dim)."""
+    """Q-MLP: (B, N, dim) -> (B, N, dim).
+
+    With gradients and without dropout, `fc2` is called with the output of `fc1` and computes the GELU itself.
+    """
 
     def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0.,
                  device=None, dtype=None) -> None:
@@ -128,9 +131,9 @@ class QMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        if self.training and not self.drop.p:
+        if torch.is_grad_enabled() and not (self.training and self.drop.p):
             return self.fc2(x, gelu=True)
-        return self.drop(self.fc2(self.drop(clipped_gelu(x))))  # one after another, to be watched from outside
+        return self.drop(self.fc2(self.drop(clipped_gelu(x))))
 
 
 class QBlock(nn.Module):

@@ -1,6 +1,7 @@
 """Time and peak memory of a whole training step, part by part, and of an evaluation, against full precision.
 
     python benchmarks/training_step.py                             4-bit DeiT-Tiny, batch 16
+    python benchmarks/training_step.py --native-kernels            its quantizers in C++
     python benchmarks/training_step.py --device cuda --compile --amp bf16 --batch-size 128
 
 The reference is timm's distilled DeiT of the same size, with its own fused attention, that learns from the same teacher
@@ -46,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import native_lsq  # noqa: E402
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
+from cpp_library import NativeUnavailable  # noqa: E402
 from losses import DistillationLoss, Teacher, distribution_guided_distillation  # noqa: E402
 from optim import build_optimizer  # noqa: E402
 from quant_vision_transformer import BITS, SIZES  # noqa: E402
@@ -278,7 +280,11 @@ def table(results: dict) -> str:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    native_lsq.enable(args.native_kernels)
+    try:
+        native_lsq.enable(args.native_kernels)
+    except NativeUnavailable as error:
+        print(f'error: --native-kernels: {error}', file=sys.stderr)
+        sys.exit(2)
     if args.memory_of:
         print(json.dumps(measure_memory(*args.memory_of, args)))
         return

@@ -1,5 +1,7 @@
 """losses.py against plain N x N Gram matrices, DeiT's formulas, and the inputs that break naive versions."""
 
+import weakref
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import losses
 from losses import DistillationLoss, Teacher, check_dgd_compatible, distribution_guided_distillation, token_distance
 from utils import UserError
 
@@ -59,6 +62,23 @@ def test_dgd_is_the_n_by_n_formula(student_dim, teacher_dim, noise):
     for got, expected in zip(gradients(loss_q + 2 * loss_k, student), gradients(expected_q + 2 * expected_k, student),
                              strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+
+
+def test_dgd_lets_go_of_the_teacher_layer_by_layer(monkeypatch):
+    class Layers:
+        return_qk, num_prefix_tokens = True, 2
+
+        def __call__(self, images):
+            qk = random_qk(layers=4, seed=1)
+            self.alive = [weakref.ref(q) for q, _ in qk]
+            return torch.randn(2, 5), qk
+
+    teacher, alive, distance = Layers(), [], losses._gram_distance
+    monkeypatch.setattr(losses, '_gram_distance', lambda *pair: alive.append(
+        sum(ref() is not None for ref in teacher.alive)) or distance(*pair))
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, 'none', 0.5, 1., 1.)
+    criterion(torch.zeros(2, 3, 8, 8), torch.randn(2, 5), torch.tensor([0, 1]), random_qk(layers=4))
+    assert alive == [4, 4, 3, 3, 2, 2, 1, 1]  # q and k of four layers
 
 
 def test_dgd_compares_patch_tokens_only_when_prefix_counts_differ():

@@ -18,8 +18,9 @@ import cpp_library
 import native
 import native_lsq
 from _lsq import LSQ, fake_quantize
-from _quan_base import calibrate
+from _quan_base import ActQ, LinearQ, calibrate
 from integer import IntegerViT
+from quant_vision_transformer import QAttention, QuantConfig
 
 pytestmark = pytest.mark.skipif(shutil.which('g++') is None, reason='no C++ compiler')
 IMAGES = 9
@@ -162,6 +163,53 @@ def test_damaged_values_do_not_crash():
     images[0, 0, 0, 0], images[1] = float('nan'), float('inf')
     logits = native.NativeViT(network)(images)
     assert torch.equal(logits[2:], native.NativeViT(network)(images[2:]))
+
+
+@pytest.mark.parametrize('on', [True, False])
+def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monkeypatch, on):
+    calls = []
+    for name in ('steps', 'backward_'):
+        kernel = getattr(native_lsq, name)
+        monkeypatch.setattr(native_lsq, name, lambda x, *args, kernel=kernel, name=name: calls.append(
+            (name, x.shape)) or kernel(x, *args))
+    native_lsq.enable(on)
+    try:
+        for module, x, shapes in (
+                (ActQ(5, 4), torch.randn(2, 5), [(2, 5)]), (LinearQ(5, 3, weight_bits=4, act_bits=4), torch.randn(2, 5),
+                                                           [(3, 5), (2, 5)]),
+                (QAttention(64, 1, QuantConfig(4, 4)), torch.randn(1, 4, 64),
+                 [(192, 64), (4, 64), (1, 1, 4, 64), (1, 1, 4, 4), (64, 64)])):
+            calibrate(module, x)
+            calls.clear()
+            out = module.train()(x.requires_grad_())
+            (out if torch.is_tensor(out) else out[0]).sum().backward()
+            for name in ('steps', 'backward_'):
+                assert {shape for called, shape in calls if called == name} == (set(shapes) if on else set())
+    finally:
+        native_lsq.enable(False)
+
+
+@pytest.mark.parametrize(('x_shape', 'step_shape'), [((500, 96), (96,)), ((2, 3, 40, 50), (3, 1, 1)),
+                                                     ((500, 96), (1,)), ((96, 500), (96, 1))], ids=str)
+def test_training_kernels_give_the_codes_of_torch_on_borders_and_nan(x_shape, step_shape):
+    torch.manual_seed(0)
+    q = LSQ(torch.rand(step_shape) + 0.1, torch.randn(step_shape) * 3 if step_shape[-1] != 1 or len(step_shape) == 3
+            else None, -8, 7)
+    zero = 0. if q.zero is None else q.zero.round()
+    x = (torch.randint(-9, 9, x_shape) + 0.5 - zero) * q.step
+    x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = fake_quantize(x, q)
+    native_lsq.enable()
+    try:
+        assert torch.equal(fake_quantize(x, q).nan_to_num(-1e3), expected.nan_to_num(-1e3))
+        ones = x.requires_grad_()
+        fake_quantize(ones, q).sum().backward()
+        assert ones.grad.view(-1)[:3].tolist() == [0., 0., 0.]
+        with pytest.raises(ValueError, match='do not fit x of shape'):
+            fake_quantize(torch.randn(4, 7), LSQ(torch.ones(5), None, -8, 7))
+        assert fake_quantize(x.double(), q).dtype == torch.float64
+    finally:
+        native_lsq.enable(False)
 
 
 @pytest.mark.parametrize(('x_shape', 'step_shape'), [((4000, 60), (60,)), ((5, 3, 90, 90), (3, 1, 1)),
