@@ -90,7 +90,7 @@ def train_one_epoch(
                     parts = training.oscillations.add_dampening(parts, training.progress)
             training.scaler.scale(parts['loss'] / batches).backward()
         if is_update:
-            training.update(args.clip_grad)
+            training.update(args.clip_grad, (training.step + 1) / total)
         training.step += 1
 
         logger.update(lr=training.optimizer.param_groups[0]['lr'],

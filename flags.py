@@ -38,8 +38,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default there is, also of flags whose name says it all."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        if action.help is None:
-            action.help = ' '
+        if action.help is None:  # argparse leaves blank ones out
+            action.help = '' if action.default in (None, '') else '(default: %(default)s)'
         super().add_argument(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -106,6 +106,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         'weights this close to a border between codes, in steps, e.g. 0.1; a second value: the share of the run, else '
         '0.1')
     add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
+    add('--sched-on-updates', action='store_true', help='change the learning rate at every update, not every epoch')
     add('--lr', default=5e-4, type=float, help='at 512 images per update; scaled in proportion to them')
     add('--lr-noise', type=float, nargs='+')
     add('--lr-noise-pct', default=0.67, type=float)
@@ -144,8 +145,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
     add('--soft-labels', default='', metavar='FILE', help="a teacher's answers for crops of the training images, as "
         'soft_labels.py stores them, instead of a teacher; no other augmentation applies')
-    add('--distillation-type', default='none', choices=DISTILLATION_TYPES)
-    add('--distillation-alpha', default=0.5, type=float)
+    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head learns '
+        "the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next to nothing; "
+        'both: both heads learn its probabilities')
+    add('--distillation-alpha', default=0.5, type=float, help='share of distillation in the loss; 1: labels are unused')
     add('--distillation-tau', default=1.0, type=float)
     add('--dgd-weight', type=float, help='weight of distribution-guided distillation; unless given, 1 with a teacher '
         'whose attention can be compared and 0 otherwise')
@@ -272,6 +275,10 @@ def check_args(args: Namespace) -> None:
             'self-describing checkpoint of it with --teacher-path')
     require(distills or not (args.teacher_model or args.teacher_path), 'the teacher has nothing to do: pass '
             '--distillation-type hard or soft, or a --dgd-weight')
+    require(not (args.sched_on_updates and args.lr_noise), '--lr-noise is by epochs, --sched-on-updates by updates: '
+            'choose one')
+    require(args.calibration != 'mse' or bool(args.finetune or args.resume), '--calibration mse fits to full-precision '
+            'weights: name them with --finetune')
     if args.warmup_epochs >= args.epochs:
         print(f'warning: --warmup-epochs {args.warmup_epochs} is all of --epochs: the learning rate stays '
               'below --lr')

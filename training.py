@@ -21,13 +21,13 @@ from utils import DivergedError, UserError, plain_args, rng_states, set_rng_stat
 
 # Flags that the learning rate of an epoch follows from.
 SCHEDULE_FLAGS = ('sched', 'epochs', 'cooldown_epochs', 'warmup_epochs', 'warmup_lr', 'min_lr', 'decay_epochs',
-                  'decay_rate', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'scaled_lr')
+                  'decay_rate', 'sched_on_updates', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'scaled_lr')
 # Flags that a position within an epoch depends on.
 POSITION_FLAGS = ('batch_size', 'world_size', 'grad_accum_steps', 'repeated_aug', 'seed', 'data_set')
 
 
 def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """The learning rate schedule by epochs."""
+    """The learning rate as a function of epochs."""
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
         decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
@@ -48,6 +48,7 @@ class Training:
         statistical_steps: of the weights; None where steps are learned.
         annealing: of the weights at the end of the run, if any.
         progress: share of the run that is done, in [0, 1], for what changes by the update.
+        sched_on_updates: whether the learning rate does.
     """
 
     model: nn.Module
@@ -63,9 +64,10 @@ class Training:
     statistical_steps: StatisticalSteps | None = None
     annealing: ConfidenceAnnealing | None = None
     progress: float = 0.
+    sched_on_updates: bool = False
 
-    def update(self, clip_grad: float | None) -> None:
-        """One step of the optimizer by the gradients of the model, which are cleared."""
+    def update(self, clip_grad: float | None, done: float) -> None:
+        """One step of the optimizer by the gradients of the model, which are cleared. `done` of the epoch with it."""
         self.scaler.unscale_(self.optimizer)
         if clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), clip_grad)
@@ -81,11 +83,14 @@ class Training:
             self.annealing.update(self.progress)
         if self.ema is not None:
             self.ema.update(self.model)
+        if self.sched_on_updates:
+            self.scheduler.step(self.epoch + done)  # timm's schedules are functions of any number of epochs
 
     def end_epoch(self) -> None:
         # The schedule is asked for the epoch that ended, not for the next one: DeiT does so, and with it the published
         # runs. The first two epochs share one learning rate.
-        self.scheduler.step(self.epoch)
+        if not self.sched_on_updates:
+            self.scheduler.step(self.epoch)
         self.epoch, self.step = self.epoch + 1, 0
 
     def checkpoint(self, args: Namespace, about: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +149,7 @@ class Training:
             notes.append(f'lr_scheduler: not taken ({", ".join(changed)}), the learning rate follows from the epoch '
                          'and the flags of this run')
             if self.epoch:
-                self.scheduler.step(self.epoch - 1)
+                self.scheduler.step(self.epoch if self.sched_on_updates else self.epoch - 1)
 
         if self.scaler.is_enabled():
             if checkpoint.get('scaler'):
@@ -191,9 +196,10 @@ class Training:
 
 
 def _changed(names: Iterable[str], saved: dict[str, Any], args: Namespace) -> list[str]:
-    """The flags whose values differ from those in the checkpoint."""
+    """The flags whose values differ from those in the checkpoint; one that it does not know was off."""
     now = vars(plain_args(args))
-    return [f'--{name.replace("_", "-")}' for name in names if saved.get(name) != now[name]]
+    return [f'--{name.replace("_", "-")}' for name in names
+            if saved.get(name) != now[name] and not (name not in saved and now[name] is False)]
 
 
 def build_training(args: Namespace, model: nn.Module, device: torch.device) -> Training:
@@ -204,7 +210,7 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
     optimizer = build_optimizer(Namespace(**vars(args) | {'lr': args.scaled_lr}), model)
     scheduler = build_scheduler(args, optimizer)
     if args.start_epoch:
-        scheduler.step(args.start_epoch - 1)
+        scheduler.step(args.start_epoch if args.sched_on_updates else args.start_epoch - 1)
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
@@ -213,4 +219,4 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
         oscillations = Oscillations(model, args.oscillation_dampening, args.oscillation_freezing)
     annealing = ConfidenceAnnealing(model, *args.confidence_annealing) if args.confidence_annealing else None
     return Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations,
-                    statistical_steps=steps, annealing=annealing)
+                    statistical_steps=steps, annealing=annealing, sched_on_updates=args.sched_on_updates)

@@ -57,3 +57,5 @@ def test_the_recipes_that_measured_best_are_those_measured(bits):
     measured = {'calibration': row.calibration, 'distillation-type': row.distillation, 'distillation-alpha': row.alpha,
                 'dgd-weight': row.dgd_weight, 'token-weight': row.token_weight, 'step-lr-scale': row.step_lr_scale}
     assert {name: config[name] for name in measured} == measured
+    # The protocol's cosine falls to 0 by the update, and its products are in float32.
+    assert (config['sched'], config['sched-on-updates'], config['min-lr'], config['amp']) == ('cosine', True, 0, 'none')

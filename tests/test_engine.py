@@ -1,6 +1,7 @@
 """The training step, evaluation and the log."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -51,7 +52,7 @@ def test_accumulation_is_a_larger_batch():
     # The last update of an epoch takes what is left: two updates, of 2 and 1 batches.
     updates = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, 'update', lambda self, clip: updates.append(self.step))
+        patch.setattr(Training, 'update', lambda self, clip, done: updates.append(self.step))
         trained('--grad-accum-steps', '2')
     assert updates == [1, 2]
 
@@ -132,6 +133,23 @@ def test_learning_rates_of_a_run(tmp_path):
     top = 1e-2 * 256 / 512
     cosine = [1e-5 + (top - 1e-5) * (1 + torch.cos(torch.tensor(torch.pi * t / 3)).item()) / 2 for t in (0, 0, 1, 2)]
     assert [entry['train_lr'] for entry in log] == pytest.approx(cosine, rel=1e-5)
+
+
+def test_learning_rates_by_the_update(tmp_path, monkeypatch):
+    update, rates = Training.update, []
+
+    def note(self, *args):
+        rates.append(self.optimizer.param_groups[0]['lr'])
+        update(self, *args)
+
+    monkeypatch.setattr(Training, 'update', note)
+    flags = *TINY, '--epochs', 2, '--grad-accum-steps', 3, '--sched-on-updates', '--output_dir', tmp_path
+    assert run(*flags) == 0
+    top, shares = 1e-2 * 384 / 512, torch.tensor([0, 3, 6, 9, 11, 14, 17, 20]) / 22  # of 11 batches an epoch
+    expected = (1e-5 + (top - 1e-5) * (1 + torch.cos(torch.pi * shares)) / 2).tolist()
+    assert rates == pytest.approx(expected, rel=1e-4)
+    assert run(*flags, '--epochs', 3, '--resume', 'auto') == 0
+    assert rates[8] == pytest.approx(1e-5 + (top - 1e-5) * (1 + math.cos(math.pi * 2 / 3)) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize('flags', [('--amp', 'bf16'), ('--clip-grad', '0.5'), ('--opt', 'lamb'), ('--sched', 'step'),
