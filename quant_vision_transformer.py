@@ -119,7 +119,7 @@ class QMlp(nn.Module):
     """Q-MLP: (B, N, dim) -> (B, N, dim).
 
     With gradients and without dropout, `fc2` is called with the output of `fc1` and computes the GELU itself. Compiled
-    graphs keep the GELU's output: computing it again takes them 5 % of the step.
+    graphs choose by themselves what to keep.
     """
 
     def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0.,
