@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from _lsq import code_range, min_step
+from _lsq import clipped_gelu, code_range, min_step
 from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, named_quantizers
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError
@@ -316,8 +316,8 @@ def _fit_block(block: QBlock, x_full: Tensor, x: Tensor, is_fitted: bool) -> tup
     out_full, out = _fit_attention(block, x_full, x, is_fitted)
     x_full, x = x_full + out_full, x + out
     mlp, hidden_full = block.mlp, _full_precision(block.mlp.fc1, block.norm2(x_full))
-    out_full = _full_precision(mlp.fc2, F.gelu(hidden_full).clamp_(-10., 10.))
-    hidden = F.gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2)).clamp_(-10., 10.)
+    out_full = _full_precision(mlp.fc2, clipped_gelu(hidden_full))
+    hidden = clipped_gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2))
     return x_full + out_full, x + _fit_linear(mlp.fc2, hidden, out_full + x_full - x)
 
 

@@ -87,11 +87,15 @@ class Training:
             self.scheduler.step(self.epoch + done)  # timm's schedules are functions of any number of epochs
 
     def end_epoch(self) -> None:
-        # The schedule is asked for the epoch that ended, not for the next one: DeiT does so, and with it the published
-        # runs. The first two epochs share one learning rate.
-        if not self.sched_on_updates:
-            self.scheduler.step(self.epoch)
         self.epoch, self.step = self.epoch + 1, 0
+        self.schedule_epoch()
+
+    def schedule_epoch(self) -> None:
+        """Sets the learning rate with which `epoch` begins."""
+        # By epochs, the schedule is asked for the epoch that ended, not for the next one: DeiT does so, and with it the
+        # published runs. The first two epochs share one learning rate.
+        if self.epoch:
+            self.scheduler.step(self.epoch if self.sched_on_updates else self.epoch - 1)
 
     def checkpoint(self, args: Namespace, about: dict[str, Any]) -> dict[str, Any]:
         """The file's contents. A collective.
@@ -148,8 +152,7 @@ class Training:
         else:
             notes.append(f'lr_scheduler: not taken ({", ".join(changed)}), the learning rate follows from the epoch '
                          'and the flags of this run')
-            if self.epoch:
-                self.scheduler.step(self.epoch if self.sched_on_updates else self.epoch - 1)
+            self.schedule_epoch()
 
         if self.scaler.is_enabled():
             if checkpoint.get('scaler'):
@@ -209,8 +212,6 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
         steps.set_()
     optimizer = build_optimizer(Namespace(**vars(args) | {'lr': args.scaled_lr}), model)
     scheduler = build_scheduler(args, optimizer)
-    if args.start_epoch:
-        scheduler.step(args.start_epoch if args.sched_on_updates else args.start_epoch - 1)
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
@@ -218,5 +219,7 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
     if args.oscillation_dampening or args.oscillation_freezing:
         oscillations = Oscillations(model, args.oscillation_dampening, args.oscillation_freezing)
     annealing = ConfidenceAnnealing(model, *args.confidence_annealing) if args.confidence_annealing else None
-    return Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations,
-                    statistical_steps=steps, annealing=annealing, sched_on_updates=args.sched_on_updates)
+    training = Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations,
+                        statistical_steps=steps, annealing=annealing, sched_on_updates=args.sched_on_updates)
+    training.schedule_epoch()
+    return training

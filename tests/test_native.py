@@ -35,6 +35,13 @@ def own_cache(tmp_path, monkeypatch):
     native._library.cache_clear()
 
 
+@pytest.fixture
+def kernels_off():
+    """The quantizers of training in torch again, afterwards."""
+    yield
+    native_lsq.enable(False)
+
+
 def spread_rule(channels, qn, qp):
     """Steps that differ from channel to channel, so that folding has something to do; zero points not at 0."""
     step = 2 * channels.abs().mean() / qp ** .5 * torch.linspace(.8, 1.25, len(channels))
@@ -166,55 +173,48 @@ def test_damaged_values_do_not_crash():
 
 
 @pytest.mark.parametrize('on', [True, False])
-def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monkeypatch, on):
+def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monkeypatch, kernels_off, on):
     calls = []
     for name in ('steps', 'backward_'):
         kernel = getattr(native_lsq, name)
         monkeypatch.setattr(native_lsq, name, lambda x, *args, kernel=kernel, name=name: calls.append(
             (name, x.shape)) or kernel(x, *args))
     native_lsq.enable(on)
-    try:
-        for module, x, shapes in (
-                (ActQ(5, 4), torch.randn(2, 5), [(2, 5)]), (LinearQ(5, 3, weight_bits=4, act_bits=4), torch.randn(2, 5),
-                                                           [(3, 5), (2, 5)]),
-                (QAttention(64, 1, QuantConfig(4, 4)), torch.randn(1, 4, 64),
-                 [(192, 64), (4, 64), (1, 1, 4, 64), (1, 1, 4, 4), (64, 64)])):
-            calibrate(module, x)
-            calls.clear()
-            out = module.train()(x.requires_grad_())
-            (out if torch.is_tensor(out) else out[0]).sum().backward()
-            for name in ('steps', 'backward_'):
-                assert {shape for called, shape in calls if called == name} == (set(shapes) if on else set())
-    finally:
-        native_lsq.enable(False)
+    for module, x, shapes in (
+            (ActQ(5, 4), torch.randn(2, 5), [(2, 5)]),
+            (LinearQ(5, 3, weight_bits=4, act_bits=4), torch.randn(2, 5), [(3, 5), (2, 5)]),
+            (QAttention(64, 1, QuantConfig(4, 4)), torch.randn(1, 4, 64),
+             [(192, 64), (4, 64), (1, 1, 4, 64), (1, 1, 4, 4), (64, 64)])):
+        calibrate(module, x)
+        calls.clear()
+        out = module.train()(x.requires_grad_())
+        (out if torch.is_tensor(out) else out[0]).sum().backward()
+        for name in ('steps', 'backward_'):
+            assert {shape for called, shape in calls if called == name} == (set(shapes) if on else set())
 
 
-@pytest.mark.parametrize(('x_shape', 'step_shape'), [((500, 96), (96,)), ((2, 3, 40, 50), (3, 1, 1)),
-                                                     ((500, 96), (1,)), ((96, 500), (96, 1))], ids=str)
-def test_training_kernels_give_the_codes_of_torch_on_borders_and_nan(x_shape, step_shape):
+@pytest.mark.parametrize(('x_shape', 'step_shape', 'has_zero'), [
+    ((500, 96), (96,), True), ((2, 3, 40, 50), (3, 1, 1), True), ((500, 96), (1,), False), ((96, 500), (96, 1), False)],
+    ids=str)
+def test_training_kernels_give_the_codes_of_torch_on_borders_and_nan(kernels_off, x_shape, step_shape, has_zero):
     torch.manual_seed(0)
-    q = LSQ(torch.rand(step_shape) + 0.1, torch.randn(step_shape) * 3 if step_shape[-1] != 1 or len(step_shape) == 3
-            else None, -8, 7)
+    q = LSQ(torch.rand(step_shape) + 0.1, torch.randn(step_shape) * 3 if has_zero else None, -8, 7)
     zero = 0. if q.zero is None else q.zero.round()
     x = (torch.randint(-9, 9, x_shape) + 0.5 - zero) * q.step
     x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     expected = fake_quantize(x, q)
     native_lsq.enable()
-    try:
-        assert torch.equal(fake_quantize(x, q).nan_to_num(-1e3), expected.nan_to_num(-1e3))
-        ones = x.requires_grad_()
-        fake_quantize(ones, q).sum().backward()
-        assert ones.grad.view(-1)[:3].tolist() == [0., 0., 0.]
-        with pytest.raises(ValueError, match='do not fit x of shape'):
-            fake_quantize(torch.randn(4, 7), LSQ(torch.ones(5), None, -8, 7))
-        assert fake_quantize(x.double(), q).dtype == torch.float64
-    finally:
-        native_lsq.enable(False)
+    assert torch.equal(fake_quantize(x, q).nan_to_num(-1e3), expected.nan_to_num(-1e3))
+    fake_quantize(x.requires_grad_(), q).sum().backward()
+    assert x.grad.view(-1)[:3].tolist() == [0., 0., 0.]
+    with pytest.raises(ValueError, match='do not fit x of shape'):
+        fake_quantize(torch.randn(4, 7), LSQ(torch.ones(5), None, -8, 7))
+    assert fake_quantize(x.double(), q).dtype == torch.float64
 
 
 @pytest.mark.parametrize(('x_shape', 'step_shape'), [((4000, 60), (60,)), ((5, 3, 90, 90), (3, 1, 1)),
                                                      ((60, 4000), (60, 1)), ((4000, 60), (1,))], ids=str)
-def test_quantizers_on_several_threads(x_shape, step_shape):
+def test_quantizers_on_several_threads(kernels_off, x_shape, step_shape):
     torch.manual_seed(0)
     x, grad = torch.randn(2, *x_shape, dtype=torch.float64).unbind()
     step = (torch.rand(step_shape, dtype=torch.float64) + 0.5).requires_grad_()
@@ -232,7 +232,6 @@ def test_quantizers_on_several_threads(x_shape, step_shape):
         torch.testing.assert_close(quantized(True), quantized(False), rtol=1e-10, atol=1e-12)
     finally:
         torch.set_num_threads(before)
-        native_lsq.enable(False)
 
 
 def test_a_training_run_with_kernels(tmp_path, capsys, monkeypatch):
