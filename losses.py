@@ -237,19 +237,23 @@ class _GramDistance(torch.autograd.Function):
 
 def _distance_and_gradient_(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
     """Into `distance`, (...), that of a and b, (..., N, d), and into `grad`, (..., N, d), its gradient to a."""
-    b = b.contiguous()
+    # What norms, sums and products run over is contiguous: strided, each of them takes a multiple of the time.
+    m, b = torch.empty_like(grad), b.contiguous()
     norm_a, norm_b = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (a, b))  # (..., 1, 1)
     has_a, has_b = norm_a != 0, norm_b != 0
     norm_a, norm_b = torch.where(has_a, norm_a, 1), torch.where(has_b, norm_b, 1)
-    m = torch.mul(a, norm_b / norm_a).sub_(b)  # M and B times ||B||; their products, (..., d, d), without it
-    k, x_t, c = (product * norm_b ** -2 for product in (m.mT @ m, b.mT @ m, b.mT @ b))
-    u, v = k + x_t.mT, x_t + c  # K + X and X^T + C
+    torch.mul(a, norm_b / norm_a, out=m).sub_(b)  # M and B times ||B||: their products, (..., d, d), times its square
+    k, x_t, c = m.mT @ m, b.mT @ m, b.mT @ b
+    x = x_t.mT.contiguous()
+    u, v = k + x, x_t + c  # K + X and X^T + C
+    inverse = norm_b ** -2
 
     def inner(first: Tensor, second: Tensor) -> Tensor:
-        return (first * second).sum((-2, -1), keepdim=True)  # (..., 1, 1)
+        """Of the products without ||B||^2, (..., 1, 1)."""
+        return torch.linalg.vecdot(first.flatten(-2), second.flatten(-2))[..., None, None] * inverse * inverse
 
     t = inner(x_t, v + c)
-    s = inner(k, u + x_t + 2 * v) + 2 * inner(x_t.mT, x_t)
+    s = inner(k, u.add(x_t).add_(v, alpha=2)) + 2 * inner(x, x_t)
     e = s + 2 * t
     # At norm 1, a Gram matrix of rank at most d has ||C||^2 >= 1/d: the floor is reached by zero matrices alone.
     b4 = inner(c, c).clamp_min(1e-12)
@@ -260,12 +264,13 @@ def _distance_and_gradient_(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor
     far = torch.where(nonzero, (2 * one_minus_cos).clamp_min(0).sqrt(), (has_a ^ has_b).to(a.dtype))
     distance.copy_(far[..., 0, 0])
 
-    # d(distance) = d(distance^2) / (2 distance); the division by the norms undoes the scaling of A, M and B.
-    factor = torch.where(nonzero & (far > 0), 2 / far, 0) / (norm_a * norm_b)
+    # d(distance) = d(distance^2) / (2 distance); the divisions by the norms undo the scaling of A, M, B and the products.
+    factor = torch.where(nonzero & (far > 0), 2 / far, 0) / (norm_a * norm_b) * inverse
     p = factor * (1 - one_minus_cos) / a2.square()
     r = -factor * (difference + one_minus_cos * b2) / (a2.square() * b2)
     u *= p
-    torch.matmul(m, u + p * v, out=grad).add_(b @ (u + r * v))
+    torch.matmul(m, torch.addcmul(u, v, p), out=grad)
+    grad.flatten(0, -3).baddbmm_(b.flatten(0, -3), u.addcmul_(v, r).flatten(0, -3))
 
 
 def _gram_distance(a: Tensor, b: Tensor) -> Tensor:
