@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import native_lsq
+import native_training
 
 __all__ = ['LSQ', 'cache_piece', 'clipped_gelu', 'code_range', 'codes', 'fake_quantize', 'min_step', 'quantized_linear']
 
@@ -48,7 +48,7 @@ def min_step(dtype: torch.dtype) -> float:
 class _Grid(NamedTuple):
     """A quantizer in use: a positive step, its reciprocal and an integer zero point, none with a gradient.
 
-    `native`: by the kernels of `native_lsq`, which find the position of a value from the value itself: where functions
+    `native`: by the kernels of `native_training`, which find the position of a value from the value itself: where functions
     return or take positions, these are then x, contiguous and of the step's dtype.
     """
     step: Tensor
@@ -58,11 +58,16 @@ class _Grid(NamedTuple):
     qp: int
     native: bool
 
+    def borders(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The range of codes, wider by the smallest of margins: a value on its border is inside."""
+        info = torch.finfo(dtype)
+        return self.qn - max(-self.qn * info.eps, info.tiny), self.qp * (1 + info.eps)
+
 
 def _grid(q: LSQ) -> _Grid:
     step = q.step.detach().clamp_min(min_step(q.step.dtype))
     return _Grid(step, step.reciprocal(), None if q.zero is None else q.zero.detach().round(), q.qn, q.qp,
-                 native_lsq.enabled(step))
+                 native_training.enabled(step))
 
 
 def _for_kernels(x: Tensor, q: _Grid) -> Tensor | None:
@@ -70,6 +75,11 @@ def _for_kernels(x: Tensor, q: _Grid) -> Tensor | None:
     if q.native and torch.promote_types(x.dtype, q.step.dtype) == q.step.dtype:
         return x.to(q.step.dtype).contiguous()
     return None
+
+
+def _fuses_gelu(x: Tensor, q: _Grid) -> bool:
+    """Whether the kernels compute the GELU of x as well; of half precision it is rounded to that first, by torch."""
+    return q.native and x.dtype == q.step.dtype
 
 
 def _positions(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
@@ -89,19 +99,26 @@ def _centred_(codes: Tensor, q: _Grid) -> Tensor:
     return codes if q.zero is None else codes.sub_(q.zero)
 
 
-def _in_steps(x: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
-    """x_hat / alpha, whole numbers, in `out` or fresh."""
+def _in_steps(x: Tensor, q: _Grid, out: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x_hat / alpha, whole numbers, in `out` or fresh; with `gelu` those of clipped_gelu(x)."""
+    fused = gelu and _fuses_gelu(x, q)
+    if gelu and not fused:
+        x = _clipped_gelu(x, out if out is not None and out.dtype == x.dtype else None)
     taken = _for_kernels(x, q)
     if taken is not None:
-        return native_lsq.steps(taken, q, out)
+        return native_training.steps(taken, q, out, fused)
     return _centred_(_positions(x, q, out).clamp_(q.qn, q.qp).round_(), q)
 
 
-def _positions_and_steps(x: Tensor, q: _Grid, outs: tuple[Tensor | None, ...] = (None, None)) -> tuple[Tensor, Tensor]:
-    """x / alpha + z and x_hat / alpha, in `outs` or fresh."""
+def _positions_and_steps(x: Tensor, q: _Grid, outs: tuple[Tensor | None, ...] = (None, None),
+                         gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """x / alpha + z and x_hat / alpha, in `outs` or fresh; with `gelu` those of clipped_gelu(x)."""
+    fused = gelu and _fuses_gelu(x, q)
+    if gelu and not fused:
+        x = _clipped_gelu(x, outs[0] if outs[0] is not None and outs[0].dtype == x.dtype else None)
     taken = _for_kernels(x, q)
     if taken is not None:
-        return taken, native_lsq.steps(taken, q, outs[1])
+        return taken, native_training.steps(taken, q, outs[1], fused)
     position = _positions(x, q, outs[0])
     return position, _centred_(torch.clamp(position, q.qn, q.qp, out=outs[1]).round_(), q)
 
@@ -116,21 +133,25 @@ def fake_quantize(x: Tensor, q: LSQ) -> Tensor:
     return _FakeQuantize.apply(x, *q)
 
 
-def _lsq_backward_(grad: Tensor, position: Tensor, steps: Tensor, q: _Grid) -> tuple[Tensor, list[Tensor]]:
+def _lsq_backward_(grad: Tensor, position: Tensor, steps: Tensor, q: _Grid,
+                   gelu_of: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """The gradient of x from `grad`, that of x_hat, and sums for `_step_gradients`, of the whole tensor or a piece.
 
     With p = x / alpha + z (`position`) and c = x_hat / alpha (`steps`), dx is grad inside the range and 0 outside; the
-    sums over a channel are those of grad c - dx p, dx and grad. `grad` and `steps` are used up: memory is dear.
+    sums over a channel are those of grad c - dx p, dx and grad. `grad` and `steps` are used up: memory is dear. Where
+    clipped_gelu(x) was quantized, `gelu_of` is x, whose gradient is given then.
     """
     grad = grad.to(position.dtype)
     if q.native and position.dtype == q.step.dtype:
-        grad = grad.contiguous()
-        return grad, native_lsq.backward_(grad, position, q, _borders(q, position.dtype))
+        grad, fused = grad.contiguous(), gelu_of is not None and _fuses_gelu(gelu_of, q)
+        sums = native_training.backward_(grad, position, q, fused)
+        return grad if gelu_of is None or fused else _clipped_gelu_backward_(grad, gelu_of), sums
     terms = steps.mul_(grad)
     grad_sums = [] if q.zero is None else [grad.sum_to_size(q.zero.shape)]
-    grad_x = _zero_outside_(grad, position, *_borders(q, position.dtype))
+    grad_x = _zero_outside_(grad, position, *q.borders(position.dtype))
     inside_sums = [] if q.zero is None else [grad_x.sum_to_size(q.zero.shape)]
-    return grad_x, [terms.addcmul_(grad_x, position, value=-1).sum_to_size(q.step.shape), *inside_sums, *grad_sums]
+    sums = [terms.addcmul_(grad_x, position, value=-1).sum_to_size(q.step.shape), *inside_sums, *grad_sums]
+    return grad_x if gelu_of is None else _clipped_gelu_backward_(grad_x, gelu_of), sums
 
 
 def _step_gradients(sums: list[Tensor], q: _Grid, numel: int) -> tuple[Tensor, Tensor | None]:
@@ -143,12 +164,6 @@ def _step_gradients(sums: list[Tensor], q: _Grid, numel: int) -> tuple[Tensor, T
         return sums[0] * scale, None
     terms, inside, grad = sums
     return (terms + q.zero * inside) * scale, (inside - grad) * q.step * scale
-
-
-def _borders(q: _Grid, dtype: torch.dtype) -> tuple[float, float]:
-    """The range of codes, wider by the smallest of margins: a value on its border is inside."""
-    info = torch.finfo(dtype)
-    return q.qn - max(-q.qn * info.eps, info.tiny), q.qp * (1 + info.eps)
 
 
 def _zero_outside_(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
@@ -206,11 +221,10 @@ def _clipped_gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     return y.clamp_(-10., 10.)
 
 
-def _clipped_gelu_backward(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
-    """The gradient of x from that of clipped_gelu(x), in `out`, which may be `grad`, or fresh."""
-    grad_x = torch.ops.aten.gelu_backward(grad, x) if out is None else torch.ops.aten.gelu_backward.grad_input(
-        grad, x, grad_input=out)
-    return _zero_outside_(grad_x, x, -math.inf, 10.)  # GELU(x) is above 10 where x is
+def _clipped_gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of clipped_gelu(x), in place."""
+    torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+    return _zero_outside_(grad, x, -math.inf, 10.)  # GELU(x) is above 10 where x is
 
 
 # --- products of quantized operands -----------------------------------------------------------------------------------
@@ -224,7 +238,7 @@ def cache_piece(items: int, numel: int, like: Tensor, native: bool = False) -> i
     """How many of a batch's items to compute at a time, with `numel` values each in the largest temporary.
 
     A pass over a piece that stays in a CPU's cache is several times faster than one over all the batch. GPUs and the
-    compiler, which fuses the passes, get all at once. `native`: the passes are those of `native_lsq`.
+    compiler, which fuses the passes, get all at once. `native`: the passes are those of `native_training`.
     """
     if like.device.type != 'cpu' or torch.compiler.is_compiling():
         return items
@@ -273,16 +287,14 @@ class _QuantizedLinear(torch.autograd.Function):
         rows = x.flatten(0, -2)  # (M, K)
         size, out = cache_piece(len(rows), rows.shape[-1], x, qx.native), None
         if size >= len(rows):
-            out = F.linear(_in_steps(_clipped_gelu(rows) if gelu else rows, qx), w_scaled, bias)
+            out = F.linear(_in_steps(rows, qx, gelu=gelu), w_scaled, bias)
         else:
             dtype = _product_dtype(x, x_step)
             out, w_t = rows.new_empty(len(rows), len(weight), dtype=dtype), w_scaled.to(dtype).t()
             bias = rows.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
             scratch = _Scratch(True)
             for x_piece, out_piece in _split(size, rows, out):
-                if gelu:
-                    x_piece = _clipped_gelu(x_piece, scratch('steps', x_piece, x.dtype))
-                steps = _in_steps(x_piece, qx, scratch('steps', x_piece, x_step.dtype))
+                steps = _in_steps(x_piece, qx, scratch('steps', x_piece, x_step.dtype), gelu)
                 torch.addmm(bias, steps.to(dtype), w_t, out=out_piece)
         return out.view(*x.shape[:-1], len(weight))
 
@@ -298,14 +310,12 @@ class _QuantizedLinear(torch.autograd.Function):
         scratch, grad_w_hat, sums = _Scratch(size < len(rows)), None, []
         grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if scratch.used else None
         for g, x_piece, out in _split(size, rows, x_rows, grad_x):
-            y = _clipped_gelu(x_piece, scratch('position x', x_piece, x.dtype)) if ctx.gelu else x_piece
-            position, steps = _positions_and_steps(y, qx, scratch.two('x', x_piece, w_hat.dtype))
+            position, steps = _positions_and_steps(x_piece, qx, scratch.two('x', x_piece, w_hat.dtype), ctx.gelu)
             steps_half = steps.to(g.dtype)  # whole numbers: exact
             grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)
-            grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx)
+            grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx,
+                                                    x_piece if ctx.gelu else None)
             sums.append(piece_sums)
-            if ctx.gelu:
-                grad_piece = _clipped_gelu_backward(grad_piece, x_piece, out)
         grad_w, w_sums = _lsq_backward_(grad_w_hat * qx.step, position_w, steps_w, qw)
         grad_w_step, _ = _step_gradients(w_sums, qw, weight.numel())
         grad_x = (grad_piece if grad_x is None else grad_x).to(x.dtype).view(x.shape)

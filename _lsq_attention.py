@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import native_training
 from _lsq import (
     LSQ,
     _Grid,
@@ -67,10 +68,14 @@ class _QuantizedAttention(torch.autograd.Function):
             q_few.mul_(scale * qq.step * qk.step)
             v_few.mul_(qv.step * qa.step)
             for q_, k_, v_, dropout_, out_ in _split(one, q_few, k_few, v_few, *maps):
-                attn = _softmax(q_, k_, dtype, scratch)
-                if dropout_ is not None:
-                    attn = attn * dropout_
-                attn = _in_steps(attn, qa, scratch('scores', attn, attn.dtype))
+                scores = _scores(q_, k_, dtype, scratch)
+                if _fuses(scores, qa, dropout_):
+                    attn = native_training.softmax_steps_(scores, qa, scores)
+                else:
+                    attn = _softmax(scores, q_.dtype, scratch)
+                    if dropout_ is not None:
+                        attn = attn * dropout_
+                    attn = _in_steps(attn, qa, scratch('scores', attn, attn.dtype))
                 piece = _into(out_, attn.to(dtype), v_.to(dtype))
         return piece if out is None else out
 
@@ -91,16 +96,23 @@ class _QuantizedAttention(torch.autograd.Function):
             scaled_q = torch.mul(steps_q, ctx.scale * qq.step * qk.step, out=scratch('operand', q_few, wide))
             v_hat = torch.mul(steps_v, qv.step, out=scratch('v_hat', v_few, wide))
             for q_, k_, v_, dropout_, g, *outs_ in _split(one, scaled_q, steps_k, v_hat, dropout_few, g_few, *outs_few):
-                softmax = _softmax(q_, k_, dtype, scratch)
-                attn = softmax if dropout_ is None else softmax * dropout_
-                position_a, steps_a = _positions_and_steps(attn, qa, scratch.two('a', attn, wide))
-                grad_v = _into(outs_[2], steps_a.to(dtype).mT, g)
-                grad_attn, piece_sums = _lsq_backward_(_into(scratch('scores', attn, dtype), g, v_.to(dtype).mT),
-                                                       position_a, steps_a, qa)
+                scores = _scores(q_, k_, dtype, scratch)
+                if _fuses(scores, qa, dropout_):
+                    steps_a = native_training.softmax_steps_(scores, qa, scratch('steps a', scores, dtype))
+                    grad_v = _into(outs_[2], steps_a.mT, g)
+                    grad_scores = _into(steps_a, g, v_.mT)
+                    piece_sums = native_training.softmax_backward_(grad_scores, scores, qa)
+                else:
+                    softmax = _softmax(scores, wide, scratch)
+                    attn = softmax if dropout_ is None else softmax * dropout_
+                    position_a, steps_a = _positions_and_steps(attn, qa, scratch.two('a', attn, wide))
+                    grad_v = _into(outs_[2], steps_a.to(dtype).mT, g)
+                    grad_attn, piece_sums = _lsq_backward_(_into(scratch('scores', attn, dtype), g, v_.to(dtype).mT),
+                                                           position_a, steps_a, qa)
+                    if dropout_ is not None:
+                        grad_attn = grad_attn * dropout_
+                    grad_scores = _softmax_backward(grad_attn, softmax, scratch('position a', attn, wide)).to(dtype)
                 sums_a.append(piece_sums)
-                if dropout_ is not None:
-                    grad_attn = grad_attn * dropout_
-                grad_scores = _softmax_backward(grad_attn, softmax, scratch('position a', attn, wide)).to(dtype)
                 grad_q = _into(outs_[0], grad_scores, k_.to(dtype))
                 grad_k = _into(outs_[1], grad_scores.mT, q_.to(dtype))
             if scratch.used:
@@ -116,10 +128,18 @@ class _QuantizedAttention(torch.autograd.Function):
                 *_step_gradients(_total(sums_a), qa, a_numel), None, None, None, None)
 
 
-def _softmax(q: Tensor, k: Tensor, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
-    """softmax(q k^T), the product in `dtype`: (B, H, N, d), (B, H, N, d) -> (B, H, N, N)."""
-    scores = _into(scratch('scores', q, dtype, q.shape[1], q.shape[2], q.shape[2]), q.to(dtype), k.to(dtype).mT)
-    return torch.softmax(scores, -1, dtype=q.dtype, out=scratch('softmax', scores, q.dtype))
+def _scores(q: Tensor, k: Tensor, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
+    """q k^T in `dtype`: (B, H, N, d), (B, H, N, d) -> (B, H, N, N)."""
+    return _into(scratch('scores', q, dtype, q.shape[1], q.shape[2], q.shape[2]), q.to(dtype), k.to(dtype).mT)
+
+
+def _fuses(scores: Tensor, qa: _Grid, dropout: Tensor | None) -> bool:
+    """Whether the kernels of `native_training` compute the softmax with its steps."""
+    return qa.native and dropout is None and scores.dtype == qa.step.dtype
+
+
+def _softmax(scores: Tensor, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
+    return torch.softmax(scores, -1, dtype=dtype, out=scratch('softmax', scores, dtype))
 
 
 def _softmax_backward(grad: Tensor, softmax: Tensor, out: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+import native_training
 from _lsq import cache_piece
 from stored_labels import SoftLabels
 from utils import UserError
@@ -223,11 +224,18 @@ class _GramDistance(torch.autograd.Function):
     def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
         # The gradient is computed here, while a piece of a and b is in the cache: it alone is kept.
         distance, grad = a.new_empty(a.shape[:-2]), a.new_empty(a.shape)
+        if native_training.enabled(a):
+            native_training.gram_distance(*(tensor.flatten(0, 1) for tensor in (a, b, distance, grad)))
+        else:
+            _GramDistance._by_pieces(a, b, distance, grad)
+        ctx.save_for_backward(grad)
+        return distance
+
+    @staticmethod
+    def _by_pieces(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
         images = cache_piece(a.shape[1], a[:, :1].numel() // 2, a)
         for tensors in zip(*(tensor.split(images, 1) for tensor in (a, b, distance, grad)), strict=True):
             _distance_and_gradient_(*tensors)
-        ctx.save_for_backward(grad)
-        return distance
 
     @staticmethod
     @once_differentiable

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import build
-import native_lsq
+import native_training
 import utils
 from _quan_base import is_calibrated
 from checkpoints import description, load_full_precision, load_quantized, read_checkpoint, write_checkpoint
@@ -58,7 +58,7 @@ def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
     if device_was_open and args.device == 'cpu':
         print('no CUDA GPU here: running on the CPU')
     try:
-        native_lsq.enable(args.native_kernels)
+        native_training.enable(args.native_kernels)
     except NativeUnavailable as error:
         raise UserError(f'--native-kernels: {error}') from error
     output = Path(args.output_dir) if args.output_dir else None

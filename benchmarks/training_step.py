@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import native_lsq  # noqa: E402
+import native_training  # noqa: E402
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
 from cpp_library import NativeUnavailable  # noqa: E402
 from losses import DistillationLoss, Teacher, distribution_guided_distillation  # noqa: E402
@@ -281,7 +281,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
-        native_lsq.enable(args.native_kernels)
+        native_training.enable(args.native_kernels)
     except NativeUnavailable as error:
         print(f'error: --native-kernels: {error}', file=sys.stderr)
         sys.exit(2)

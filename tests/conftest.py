@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import TINY, run
 
-import native_lsq
+import native_training
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def kernels(request):
     """Runs a test with the quantizers in torch, and again with them in C++."""
     if request.param == 'C++' and shutil.which('g++') is None:
         pytest.skip('no C++ compiler')
-    native_lsq.enable(request.param == 'C++')
+    native_training.enable(request.param == 'C++')
     yield
-    native_lsq.enable(False)
+    native_training.enable(False)
 
 
 @pytest.fixture(scope='session')

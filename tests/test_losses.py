@@ -13,6 +13,7 @@ import losses
 from losses import DistillationLoss, Teacher, check_dgd_compatible, distribution_guided_distillation, token_distance
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures('kernels')
 DISTILLED, PLAIN = 'deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224'
 
 

@@ -12,12 +12,13 @@ import subprocess
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import TINY, run
 
 import cpp_library
 import native
-import native_lsq
-from _lsq import LSQ, fake_quantize
+import native_training
+from _lsq import LSQ, _grid, fake_quantize
 from _quan_base import ActQ, LinearQ, calibrate
 from integer import IntegerViT
 from quant_vision_transformer import QAttention, QuantConfig
@@ -39,7 +40,7 @@ def own_cache(tmp_path, monkeypatch):
 def kernels_off():
     """The quantizers of training in torch again, afterwards."""
     yield
-    native_lsq.enable(False)
+    native_training.enable(False)
 
 
 def spread_rule(channels, qn, qp):
@@ -175,11 +176,11 @@ def test_damaged_values_do_not_crash():
 @pytest.mark.parametrize('on', [True, False])
 def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monkeypatch, kernels_off, on):
     calls = []
-    for name in ('steps', 'backward_'):
-        kernel = getattr(native_lsq, name)
-        monkeypatch.setattr(native_lsq, name, lambda x, *args, kernel=kernel, name=name: calls.append(
+    for name in ('steps', 'backward_', 'softmax_steps_', 'softmax_backward_'):
+        kernel = getattr(native_training, name)
+        monkeypatch.setattr(native_training, name, lambda x, *args, kernel=kernel, name=name: calls.append(
             (name, x.shape)) or kernel(x, *args))
-    native_lsq.enable(on)
+    native_training.enable(on)
     for module, x, shapes in (
             (ActQ(5, 4), torch.randn(2, 5), [(2, 5)]),
             (LinearQ(5, 3, weight_bits=4, act_bits=4), torch.randn(2, 5), [(3, 5), (2, 5)]),
@@ -189,8 +190,10 @@ def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monke
         calls.clear()
         out = module.train()(x.requires_grad_())
         (out if torch.is_tensor(out) else out[0]).sum().backward()
-        for name in ('steps', 'backward_'):
-            assert {shape for called, shape in calls if called == name} == (set(shapes) if on else set())
+        maps = {shape for shape in shapes if shape[-2:] == (4, 4)}
+        for names, of in ((('steps', 'backward_'), set(shapes) - maps), (('softmax_steps_', 'softmax_backward_'), maps)):
+            for name in names:
+                assert {shape for called, shape in calls if called == name} == (of if on else set())
 
 
 @pytest.mark.parametrize(('x_shape', 'step_shape', 'has_zero'), [
@@ -203,7 +206,7 @@ def test_training_kernels_give_the_codes_of_torch_on_borders_and_nan(kernels_off
     x = (torch.randint(-9, 9, x_shape) + 0.5 - zero) * q.step
     x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     expected = fake_quantize(x, q)
-    native_lsq.enable()
+    native_training.enable()
     assert torch.equal(fake_quantize(x, q).nan_to_num(-1e3), expected.nan_to_num(-1e3))
     fake_quantize(x.requires_grad_(), q).sum().backward()
     assert x.grad.view(-1)[:3].tolist() == [0., 0., 0.]
@@ -221,23 +224,47 @@ def test_quantizers_on_several_threads(kernels_off, x_shape, step_shape):
     zero = torch.randn(step_shape, dtype=torch.float64).requires_grad_()
 
     def quantized(on: bool) -> tuple:
-        native_lsq.enable(on)
+        native_training.enable(on)
         x_hat = fake_quantize(x.requires_grad_(), LSQ(step, zero, -8, 7))
         return x_hat, *torch.autograd.grad(x_hat, [x, step, zero], grad)
 
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert native_lsq._threads(x) == 3
+        assert native_training._threads(x) == 3
         torch.testing.assert_close(quantized(True), quantized(False), rtol=1e-10, atol=1e-12)
     finally:
         torch.set_num_threads(before)
 
 
+def test_gelu_and_softmax_of_the_training_kernels_are_accurate(kernels_off):
+    """With a step of 2^-20 and codes up to 2^24, the codes show the values themselves."""
+    native_training.enable()
+    fine = LSQ(torch.tensor([2. ** -20]), torch.zeros(1), -2 ** 24, 2 ** 24)
+    x = torch.cat([torch.linspace(-15, 12, 100001), torch.tensor([0., -0., 10., 9.9999])])[None]
+    y = native_training.steps(x, _grid(fine), gelu=True) * fine.step
+    expected = F.gelu(x.double()).clamp(-10, 10)
+    assert (y.double() - expected).abs().max() < 1.5e-6  # half a step, and 12 units of float32's last place at 1
+    grad = torch.ones_like(x)
+    native_training.backward_(grad, x, _grid(fine), gelu=True)
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(expected), x.double()) * (expected < 10)
+    assert (grad.double() - slope).abs().max() < 1e-6
+
+    torch.manual_seed(0)
+    scores = torch.randn(2, 3, 33, 33) * torch.tensor([0.1, 3., 40.]).view(3, 1, 1)
+    softmax = scores.clone()
+    steps = native_training.softmax_steps_(softmax, _grid(fine))
+    torch.testing.assert_close(softmax.double(), scores.double().softmax(-1), rtol=5e-6, atol=1e-30)
+    assert (steps * fine.step - softmax).abs().max() <= 2. ** -21
+    scores[0, 0, 0, 0] = torch.nan
+    native_training.softmax_steps_(scores, _grid(fine))
+    assert scores[0, 0, 0].isnan().all() and scores.isnan().sum() == 33
+
+
 def test_a_training_run_with_kernels(tmp_path, capsys, monkeypatch):
     flags = *TINY, '--epochs', 1, '--native-kernels'
-    assert run(*flags, '--output_dir', tmp_path) == 0 and native_lsq.enabled(torch.ones(1))
-    assert run(*TINY, '--epochs', 1) == 0 and not native_lsq.enabled(torch.ones(1))
+    assert run(*flags, '--output_dir', tmp_path) == 0 and native_training.enabled(torch.ones(1))
+    assert run(*TINY, '--epochs', 1) == 0 and not native_training.enabled(torch.ones(1))
     capsys.readouterr()
     assert run(*flags, '--compile') == 2
     assert 'choose one' in capsys.readouterr().err

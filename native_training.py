@@ -1,0 +1,150 @@
+"""C++ kernels of training on the CPU: the quantizers (`lsq_kernels.cpp`) and DGD (`dgd_kernels.cpp`).
+
+A quantizer is one pass forward and one backward where torch takes four to nine; GELU and softmax are fused with the
+quantizers behind them. The mathematics is that of `_lsq.py`, `_lsq_attention.py` and `losses.py`, which call the kernels
+where they are enabled; sums are added in another order, and GELU and softmax round differently.
+"""
+from __future__ import annotations
+
+import ctypes
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cpp_library import load
+
+if TYPE_CHECKING:
+    from _lsq import _Grid
+
+__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'softmax_backward_', 'softmax_steps_', 'steps']
+
+FOLDER = Path(__file__).parent
+SOURCES = {  # with flags of the compiler
+    'lsq_kernels.cpp': ['-ffp-contract=off'],  # what is fused is as in torch: the same positions and so codes
+    'dgd_kernels.cpp': ['-ffp-contract=fast'],
+}
+DTYPES = {torch.float32: 'float32', torch.float64: 'float64'}
+_functions: dict[tuple[str, torch.dtype], ctypes._CFuncPtr] = {}
+
+
+def enable(on: bool = True) -> None:
+    """Lets quantizers and DGD of CPU tensors use the kernels from now on, or not any more.
+
+    Raises:
+        NativeUnavailable: they cannot be compiled here.
+    """
+    _functions.clear()
+    if not on:
+        return
+    lsq, dgd = (load(FOLDER / source, ['-fopenmp', *flags]) for source, flags in SOURCES.items())
+    size, pointer, number, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int
+    grid = [pointer] * 2 + [size] + [number] * 4
+    for library, name, arguments in (
+            (lsq, 'lsq_steps', [pointer] * 2 + [size] * 2 + [flag, *grid]),
+            (lsq, 'lsq_backward', [pointer] * 3 + [size] * 2 + [flag, *grid]),
+            (lsq, 'lsq_softmax', [pointer] * 3 + [size] * 2 + grid),
+            (lsq, 'lsq_softmax_backward', [pointer] * 3 + [size] * 2 + grid),
+            (dgd, 'dgd', ([pointer] + [size] * 3) * 2 + [pointer] * 2 + [size] * 4)):
+        for dtype, suffix in DTYPES.items():
+            function = getattr(library, f'{name}_{suffix}')
+            function.restype, function.argtypes = None, [*arguments, ctypes.c_int]  # the last: threads
+            _functions[name, dtype] = function
+
+
+def enabled(like: Tensor) -> bool:
+    """Whether the kernels are to compute where tensors are like this one, as the steps of a quantizer are."""
+    return bool(_functions) and like.device.type == 'cpu' and like.dtype in DTYPES and not torch.compiler.is_compiling()
+
+
+def _layout(x: Tensor, step: Tensor) -> tuple[int, int, int]:
+    """(outer, channels, inner) of x, with a step for each of the channels; the kernels' threads share outer * channels.
+
+    Raises:
+        ValueError: x has another number of channels, or lies elsewhere.
+    """
+    if step.numel() == 1:
+        inner = max(1, x.shape[-1]) if x.ndim else 1
+        return x.numel() // inner, 1, inner
+    axis = x.ndim - step.ndim + next(i for i, size in enumerate(step.shape) if size > 1)
+    if axis < 0 or x.shape[axis] != step.numel() or x.device != step.device:
+        raise ValueError(f'{step.numel()} steps on {step.device} do not fit x of shape {list(x.shape)} on {x.device}')
+    return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1:])
+
+
+def _threads(x: Tensor) -> int:
+    """As torch does, one thread for each 32768 values."""
+    return max(1, min(torch.get_num_threads(), -(-x.numel() // 32768)))
+
+
+def steps(x: Tensor, q: _Grid, out: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x_hat / alpha, or with `gelu` that of clipped_gelu(x), in `out`, contiguous and of the step's dtype, or fresh.
+
+    x is contiguous and of that dtype.
+    """
+    out = torch.empty_like(x) if out is None else out
+    outer, channels, inner = _layout(x, q.step)
+    _call('lsq_steps', (x, out), (outer, inner, gelu), q, channels, _threads(x))
+    return out
+
+
+def backward_(grad: Tensor, x: Tensor, q: _Grid, gelu: bool = False) -> list[Tensor]:
+    """Makes `grad`, of x_hat, or with `gelu` of the quantized clipped_gelu(x), that of x. Both are contiguous.
+
+    Returns:
+        Of every channel the sums of grad c - dx p, and with a zero point of dx and of grad: of the step's shape.
+    """
+    threads, (outer, channels, inner) = _threads(x), _layout(x, q.step)
+    sums = x.new_zeros(threads, 3, channels)
+    _call('lsq_backward', (grad, x, sums), (outer, inner, gelu), q, channels, threads)
+    return _total(sums, q)
+
+
+def softmax_steps_(scores: Tensor, q: _Grid, out: Tensor | None = None) -> Tensor:
+    """Makes scores, (B, H, N, N), their softmax over the last axis; returns its steps, in `out` or fresh.
+
+    All are contiguous. `out` may be `scores`: then the softmax is not kept.
+    """
+    _check_heads(scores, q)
+    out, tokens = torch.empty_like(scores) if out is None else out, scores.shape[-1]
+    _call('lsq_softmax', (scores, scores, out), (scores.numel() // tokens, tokens), q, q.step.numel(), _threads(scores))
+    return out
+
+
+def softmax_backward_(grad: Tensor, softmax: Tensor, q: _Grid) -> list[Tensor]:
+    """Makes `grad`, of the quantized softmax, (B, H, N, N), that of the scores; returns what `backward_` returns."""
+    _check_heads(softmax, q)
+    threads, tokens = _threads(softmax), softmax.shape[-1]
+    sums = softmax.new_zeros(threads, 3, q.step.numel())
+    _call('lsq_softmax_backward', (grad, softmax, sums), (softmax.numel() // tokens, tokens), q, q.step.numel(), threads)
+    return _total(sums, q)
+
+
+def gram_distance(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
+    """Into `distance`, (B, H), that of the normalised Gram matrices of a and b, (B, H, N, d); into `grad`, (B, H, N, d),
+    its gradient to a. Distance and gradient are contiguous; all are of one dtype."""
+    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
+    sizes = a.shape
+    if not sizes == b.shape == grad.shape or distance.shape != sizes[:2]:
+        raise ValueError(f'shapes {[list(x.shape) for x in (a, b, distance, grad)]} do not fit one another')
+    _functions['dgd', a.dtype](a.data_ptr(), *a.stride()[:3], b.data_ptr(), *b.stride()[:3], distance.data_ptr(),
+                               grad.data_ptr(), *sizes, max(1, min(torch.get_num_threads(), sizes[0] * sizes[1])))
+
+
+def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], q: _Grid, channels: int, threads: int) -> None:
+    zero, dtype = torch.zeros_like(q.step) if q.zero is None else q.zero, tensors[0].dtype
+    _functions[name, dtype](*(tensor.data_ptr() for tensor in tensors), *sizes, q.per_step.data_ptr(), zero.data_ptr(),
+                            channels, q.qn, q.qp, *q.borders(dtype), threads)
+
+
+def _total(sums: Tensor, q: _Grid) -> list[Tensor]:
+    """Over the threads, of (threads, 3, channels)."""
+    total = sums[0] if len(sums) == 1 else sums.sum(0)
+    return list(total.view(3, *q.step.shape)[:1 if q.zero is None else 3])
+
+
+def _check_heads(maps: Tensor, q: _Grid) -> None:
+    if q.step.numel() not in (1, maps.shape[1]):
+        raise ValueError(f'{q.step.numel()} steps do not fit attention of shape {list(maps.shape)}')
