@@ -279,48 +279,67 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu):
         ctx.x_range, ctx.w_range, ctx.has_bias, ctx.gelu = x_range, w_range, bias is not None, gelu
         ctx.save_for_backward(x, weight, x_step, x_zero, w_step)
-        qx = _grid(LSQ(x_step, x_zero, *x_range))
-        if w_hat is None:
-            qw = _grid(LSQ(w_step, None, *w_range))
-            w_hat = _in_steps(weight, qw).mul_(qw.step)
-        w_scaled = w_hat * qx.step  # x_hat @ w_hat^T with the steps of x in the smaller operand
-        rows = x.flatten(0, -2)  # (M, K)
-        size, out = cache_piece(len(rows), rows.shape[-1], x, qx.native), None
-        if size >= len(rows):
-            out = F.linear(_in_steps(rows, qx, gelu=gelu), w_scaled, bias)
-        else:
-            dtype = _product_dtype(x, x_step)
-            out, w_t = rows.new_empty(len(rows), len(weight), dtype=dtype), w_scaled.to(dtype).t()
-            bias = rows.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
-            scratch = _Scratch(True)
-            for x_piece, out_piece in _split(size, rows, out):
-                steps = _in_steps(x_piece, qx, scratch('steps', x_piece, x_step.dtype), gelu)
-                torch.addmm(bias, steps.to(dtype), w_t, out=out_piece)
-        return out.view(*x.shape[:-1], len(weight))
+        return _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu, _product_dtype(x, x_step))
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, x_step, x_zero, w_step = ctx.saved_tensors
-        qx, qw = _grid(LSQ(x_step, x_zero, *ctx.x_range)), _grid(LSQ(w_step, None, *ctx.w_range))
-        position_w, steps_w = _positions_and_steps(weight, qw)
-        w_hat = steps_w * qw.step
-        w_half = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
-        rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)                        # (M, N), (M, K)
-        size = cache_piece(len(rows), x_rows.shape[-1], x, qx.native)
-        scratch, grad_w_hat, sums = _Scratch(size < len(rows)), None, []
-        grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if scratch.used else None
-        for g, x_piece, out in _split(size, rows, x_rows, grad_x):
-            position, steps = _positions_and_steps(x_piece, qx, scratch.two('x', x_piece, w_hat.dtype), ctx.gelu)
-            steps_half = steps.to(g.dtype)  # whole numbers: exact
-            grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)
-            grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx,
-                                                    x_piece if ctx.gelu else None)
-            sums.append(piece_sums)
-        grad_w, w_sums = _lsq_backward_(grad_w_hat * qx.step, position_w, steps_w, qw)
-        grad_w_step, _ = _step_gradients(w_sums, qw, weight.numel())
-        grad_x = (grad_piece if grad_x is None else grad_x).to(x.dtype).view(x.shape)
-        return (grad_x, grad_w.to(weight.dtype), rows.sum(0) if ctx.has_bias else None,
-                *_step_gradients(_total(sums), qx, x.numel()), grad_w_step, None, None, None, None)
+        grad_x, grad_w, grad_bias, *grads_of_steps = _linear_backward(
+            grad, *ctx.saved_tensors, ctx.x_range, ctx.w_range, ctx.gelu, ctx.has_bias)
+        return grad_x, grad_w, grad_bias if ctx.has_bias else None, *grads_of_steps, None, None, None, None
+
+
+@native_training.opaque(
+    'linear(Tensor x, Tensor weight, Tensor? bias, Tensor x_step, Tensor x_zero, Tensor w_step, int[] x_range, '
+    'int[] w_range, Tensor? w_hat, bool gelu, ScalarType dtype) -> Tensor',
+    lambda x, weight, *args: x.new_empty(*x.shape[:-1], len(weight), dtype=args[-1]))
+def _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu, dtype):
+    qx = _grid(LSQ(x_step, x_zero, *x_range))
+    if w_hat is None:
+        qw = _grid(LSQ(w_step, None, *w_range))
+        w_hat = _in_steps(weight, qw).mul_(qw.step)
+    w_t = (w_hat * qx.step).to(dtype).t()  # x_hat @ w_hat^T with the steps of x in the smaller operand
+    rows = x.flatten(0, -2)  # (M, K)
+    size, out = cache_piece(len(rows), rows.shape[-1], x, qx.native), None
+    bias = rows.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
+    if size >= len(rows):
+        out = torch.addmm(bias, _in_steps(rows, qx, gelu=gelu).to(dtype), w_t)
+    else:
+        out, scratch = rows.new_empty(len(rows), len(weight), dtype=dtype), _Scratch(True)
+        for x_piece, out_piece in _split(size, rows, out):
+            steps = _in_steps(x_piece, qx, scratch('steps', x_piece, x_step.dtype), gelu)
+            torch.addmm(bias, steps.to(dtype), w_t, out=out_piece)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def _fake_linear_backward(grad, x, weight, x_step, x_zero, w_step, *args):
+    grad_bias = grad.new_empty(len(weight) if args[-1] else 0)
+    return [torch.empty_like(x), torch.empty_like(weight), grad_bias, *map(torch.empty_like, (x_step, x_zero, w_step))]
+
+
+@native_training.opaque(
+    'linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor x_step, Tensor x_zero, Tensor w_step, '
+    'int[] x_range, int[] w_range, bool gelu, bool has_bias) -> Tensor[]', _fake_linear_backward)
+def _linear_backward(grad, x, weight, x_step, x_zero, w_step, x_range, w_range, gelu, has_bias):
+    """The gradients of x, weight, bias (of size 0 where there is none), x_step, x_zero and w_step."""
+    qx, qw = _grid(LSQ(x_step, x_zero, *x_range)), _grid(LSQ(w_step, None, *w_range))
+    position_w, steps_w = _positions_and_steps(weight, qw)
+    w_hat = steps_w * qw.step
+    w_half = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
+    rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)                        # (M, N), (M, K)
+    size = cache_piece(len(rows), x_rows.shape[-1], x, qx.native)
+    scratch, grad_w_hat, sums = _Scratch(size < len(rows)), None, []
+    grad_x = x_rows.new_empty(x_rows.shape, dtype=w_hat.dtype) if scratch.used else None
+    for g, x_piece, out in _split(size, rows, x_rows, grad_x):
+        position, steps = _positions_and_steps(x_piece, qx, scratch.two('x', x_piece, w_hat.dtype), gelu)
+        steps_half = steps.to(g.dtype)  # whole numbers: exact
+        grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)
+        grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx, x_piece if gelu else None)
+        sums.append(piece_sums)
+    grad_w, w_sums = _lsq_backward_(grad_w_hat * qx.step, position_w, steps_w, qw)
+    grad_w_step, _ = _step_gradients(w_sums, qw, weight.numel())
+    grad_x = (grad_piece if grad_x is None else grad_x).to(x.dtype).view(x.shape)
+    grad_bias = rows.sum(0) if has_bias else rows.new_empty(0)
+    return [grad_x, grad_w.to(weight.dtype), grad_bias, *_step_gradients(_total(sums), qx, x.numel()), grad_w_step]
 
 
 class _Scratch:

@@ -57,6 +57,8 @@ def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
     device = utils.init_distributed(args)
     if device_was_open and args.device == 'cpu':
         print('no CUDA GPU here: running on the CPU')
+    if device.type == 'cpu':
+        utils.keep_freed_memory()
     try:
         native_training.enable(args.native_kernels)
     except NativeUnavailable as error:

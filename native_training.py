@@ -7,7 +7,9 @@ where they are enabled; sums are added in another order, and GELU and softmax ro
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from cpp_library import load
 if TYPE_CHECKING:
     from _lsq import _Grid
 
-__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'softmax_backward_', 'softmax_steps_', 'steps']
+__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'opaque', 'softmax_backward_', 'softmax_steps_', 'steps']
 
 FOLDER = Path(__file__).parent
 SOURCES = {  # with flags of the compiler
@@ -57,6 +59,26 @@ def enable(on: bool = True) -> None:
 def enabled(like: Tensor) -> bool:
     """Whether the kernels are to compute where tensors are like this one, as the steps of a quantizer are."""
     return bool(_functions) and like.device.type == 'cpu' and like.dtype in DTYPES and not torch.compiler.is_compiling()
+
+
+def opaque(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Decorates a function of tensors that uses the kernels: in a compiled graph, where they are enabled, it is one
+    operator that the compiler doesn't look into. Its outputs share no memory with its inputs.
+
+    Args:
+        schema: 'name(...) -> ...', as of `torch.library.custom_op`.
+        fake: from the same arguments, empty tensors as the function returns them.
+    """
+    def decorate(function: Callable) -> Callable:
+        name, parenthesis, arguments = schema.partition('(')
+        operator = torch.library.custom_op(f'qvit::{name}', function, mutates_args=(), schema=parenthesis + arguments)
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args):
+            return operator(*args) if _functions and torch.compiler.is_compiling() else function(*args)
+        return call
+    return decorate
 
 
 def _layout(x: Tensor, step: Tensor) -> tuple[int, int, int]:

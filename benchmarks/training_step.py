@@ -22,7 +22,8 @@ Peak memory: parameters, buffers, gradients, teacher, state of the optimizer, an
 images; each figure comes from a process of its own. On a GPU it is the peak of PyTorch's allocator. On Linux CPUs it is
 the tensors held between steps plus the resident set's growth to its peak during the steps after the warm-up; what
 libraries and the compiler keep for themselves is in neither. glibc keeps freed memory, so these processes, and never
-those that are timed, run with thresholds that make it return freed tensors. Other systems have no peak that can be
+those that are timed, run with thresholds that make it return freed tensors; those that are timed keep it, as main.py
+does. Other systems have no peak that can be
 reset: there, none is given. 1 MB is 10^6 bytes.
 """
 
@@ -51,6 +52,7 @@ from cpp_library import NativeUnavailable  # noqa: E402
 from losses import DistillationLoss, Teacher, distribution_guided_distillation  # noqa: E402
 from optim import build_optimizer  # noqa: E402
 from quant_vision_transformer import BITS, SIZES  # noqa: E402
+from utils import keep_freed_memory  # noqa: E402
 
 VARIANTS = {f'{bits}_deit_{size}_patch16_224': f'deit_{size}_distilled_patch16_224' for bits in BITS for size in SIZES}
 NETWORKS = 'full precision', 'quantized'
@@ -290,6 +292,8 @@ def main(argv: list[str]) -> None:
         return
     # Memory first: this process would hold some of the GPU's.
     memory = {mode: {name: peak_memory(name, mode, argv) for name in NETWORKS} for mode in MODES}
+    if args.device == 'cpu':
+        keep_freed_memory()
     batch = build_batch(args)
     nets = {name: build_network(name, args, batch[0]) for name in NETWORKS}
     rows, parts = all_rows(nets, args, batch, memory)
