@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--model-ema-force-cpu', action='store_true')
     add('--amp', default='none', choices=AMP_DTYPES, help='precision of the matrix products')
     add('--compile', action='store_true', help='torch.compile')
-    add('--native-kernels', action='store_true', help='on a CPU: quantizers in C++, compiled on first use')
+    add('--native-kernels', action='store_true', help='on a CPU: quantizers and DGD in C++, compiled on first use')
 
     group = parser.add_argument_group('optimizer and schedule')
     add = group.add_argument
@@ -243,7 +243,6 @@ def check_args(args: Namespace) -> None:
     require(args.amp != 'fp16' or kind != 'cpu', '--amp fp16 needs a GPU: choose bf16 or none')
     require(not args.native_kernels or kind == 'cpu', f'--native-kernels are for CPUs, not {kind}: leave it out, or '
                                                           'choose --device cpu')
-    require(not (args.native_kernels and args.compile), '--native-kernels stand in for --compile: choose one')
 
     require(args.data_set in (None, 'DIGITS') or args.data_path is not None, f'--data-set {args.data_set} needs '
                                                                              '--data-path')

@@ -21,7 +21,7 @@ from cpp_library import load
 if TYPE_CHECKING:
     from _lsq import _Grid
 
-__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'opaque', 'softmax_backward_', 'softmax_steps_', 'steps']
+__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'is_on', 'opaque', 'softmax_backward_', 'softmax_steps_', 'steps']
 
 FOLDER = Path(__file__).parent
 SOURCES = {  # with flags of the compiler
@@ -30,6 +30,7 @@ SOURCES = {  # with flags of the compiler
 }
 DTYPES = {torch.float32: 'float32', torch.float64: 'float64'}
 _functions: dict[tuple[str, torch.dtype], ctypes._CFuncPtr] = {}
+_on = False
 
 
 def enable(on: bool = True) -> None:
@@ -38,7 +39,8 @@ def enable(on: bool = True) -> None:
     Raises:
         NativeUnavailable: they cannot be compiled here.
     """
-    _functions.clear()
+    global _on
+    _on = False
     if not on:
         return
     lsq, dgd = (load(FOLDER / source, ['-fopenmp', *flags]) for source, flags in SOURCES.items())
@@ -54,11 +56,17 @@ def enable(on: bool = True) -> None:
             function = getattr(library, f'{name}_{suffix}')
             function.restype, function.argtypes = None, [*arguments, ctypes.c_int]  # the last: threads
             _functions[name, dtype] = function
+    _on = True
+
+
+def is_on() -> bool:
+    """Whether the kernels are enabled."""
+    return _on
 
 
 def enabled(like: Tensor) -> bool:
     """Whether the kernels are to compute where tensors are like this one, as the steps of a quantizer are."""
-    return bool(_functions) and like.device.type == 'cpu' and like.dtype in DTYPES and not torch.compiler.is_compiling()
+    return _on and like.device.type == 'cpu' and like.dtype in DTYPES and not torch.compiler.is_compiling()
 
 
 def opaque(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -76,7 +84,7 @@ def opaque(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(*args):
-            return operator(*args) if _functions and torch.compiler.is_compiling() else function(*args)
+            return operator(*args) if _on and torch.compiler.is_compiling() else function(*args)
         return call
     return decorate
 

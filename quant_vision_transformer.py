@@ -25,6 +25,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import native_training
 from _lsq import clipped_gelu
 from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
@@ -118,8 +119,8 @@ class QAttention(nn.Module):
 class QMlp(nn.Module):
     """Q-MLP: (B, N, dim) -> (B, N, dim).
 
-    With gradients and without dropout, `fc2` is called with the output of `fc1` and computes the GELU itself. Compiled
-    graphs choose by themselves what to keep.
+    With gradients and without dropout, `fc2` is called with the output of `fc1` and computes the GELU itself. The
+    compiler chooses by itself what to keep, unless the product is opaque to it.
     """
 
     def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0.,
@@ -132,7 +133,9 @@ class QMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        if torch.is_grad_enabled() and not (self.training and self.drop.p or torch.compiler.is_compiling()):
+        dropout = self.training and self.drop.p
+        compiler_chooses = torch.compiler.is_compiling() and not native_training.is_on()
+        if torch.is_grad_enabled() and not (dropout or compiler_chooses):
             return self.fc2(x, gelu=True)
         return self.drop(self.fc2(self.drop(clipped_gelu(x))))
 

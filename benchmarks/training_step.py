@@ -1,7 +1,7 @@
 """Time and peak memory of a whole training step, part by part, and of an evaluation, against full precision.
 
     python benchmarks/training_step.py                             4-bit DeiT-Tiny, batch 16
-    python benchmarks/training_step.py --native-kernels            its quantizers in C++
+    python benchmarks/training_step.py --native-kernels            its quantizers and DGD in C++
     python benchmarks/training_step.py --device cuda --compile --amp bf16 --batch-size 128
 
 The reference is timm's distilled DeiT of the same size, with its own fused attention, that learns from the same teacher
@@ -75,7 +75,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda (here: %(default)s)')
     add('--threads', default=torch.get_num_threads(), type=int, metavar='N', help='of the CPU (here: %(default)s)')
     add('--compile', action='store_true', help='torch.compile both networks, the quantized one with fullgraph=True')
-    add('--native-kernels', action='store_true', help='quantizers in C++, on a CPU')
+    add('--native-kernels', action='store_true', help='quantizers and DGD in C++, on a CPU')
     add('--amp', default='none', choices=('none', 'bf16'), help='bf16: under autocast (default: %(default)s)')
     add('--repeats', default=10, type=int, metavar='N',
         help='timed pairs of steps; more of them narrow the quartiles (default: %(default)s)')
@@ -84,8 +84,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.input_size % 16 or min(args.input_size, args.batch_size, args.threads, args.repeats) < 1:
         parser.error('the numbers are at least 1, and --input-size is a multiple of 16')
-    if args.native_kernels and (args.compile or args.device != 'cpu'):
-        parser.error('--native-kernels are for --device cpu, without --compile')
+    if args.native_kernels and args.device != 'cpu':
+        parser.error('--native-kernels are for --device cpu')
     if not (args.device == 'cpu' or args.device.startswith('cuda') and torch.cuda.is_available()):
         parser.error(f'--device {args.device}: neither cpu nor a GPU that PyTorch {torch.__version__} finds')
     return args
