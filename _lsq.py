@@ -48,8 +48,8 @@ def min_step(dtype: torch.dtype) -> float:
 class _Grid(NamedTuple):
     """A quantizer in use: a positive step, its reciprocal and an integer zero point, none with a gradient.
 
-    `native`: by the kernels of `native_training`, which find the position of a value from the value itself: where functions
-    return or take positions, these are then x, contiguous and of the step's dtype.
+    `native`: by the kernels of `native_training`, which find the position of a value from the value itself: where
+    functions return or take positions, these are then x, of the step's dtype.
     """
     step: Tensor
     per_step: Tensor
@@ -73,7 +73,8 @@ def _grid(q: LSQ) -> _Grid:
 def _for_kernels(x: Tensor, q: _Grid) -> Tensor | None:
     """x as the kernels take it; None where torch is to compute, also for x of more precision than the step."""
     if q.native and torch.promote_types(x.dtype, q.step.dtype) == q.step.dtype:
-        return x.to(q.step.dtype).contiguous()
+        x = x.to(q.step.dtype)
+        return x if native_training.takes(x, q.step) else x.contiguous()
     return None
 
 
@@ -294,10 +295,9 @@ class _QuantizedLinear(torch.autograd.Function):
     lambda x, weight, *args: x.new_empty(*x.shape[:-1], len(weight), dtype=args[-1]))
 def _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu, dtype):
     qx = _grid(LSQ(x_step, x_zero, *x_range))
-    if w_hat is None:
-        qw = _grid(LSQ(w_step, None, *w_range))
-        w_hat = _in_steps(weight, qw).mul_(qw.step)
-    w_t = (w_hat * qx.step).to(dtype).t()  # x_hat @ w_hat^T with the steps of x in the smaller operand
+    qw = _grid(LSQ(w_step, None, *w_range))
+    w_scaled = _quantized_weight(weight, qw, qx.step) if w_hat is None else w_hat * qx.step
+    w_t = w_scaled.to(dtype).t()  # x_hat @ w_hat^T with the steps of x in the smaller operand
     rows = x.flatten(0, -2)  # (M, K)
     size, out = cache_piece(len(rows), rows.shape[-1], x, qx.native), None
     bias = rows.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
@@ -311,6 +311,23 @@ def _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, ge
     return out.view(*x.shape[:-1], len(weight))
 
 
+def _quantized_weight(weight: Tensor, qw: _Grid, scale: Tensor) -> Tensor:
+    """w_hat * scale, a scale for each column or one for all."""
+    taken = _for_kernels(weight, qw)
+    if taken is not None:
+        return native_training.weight(taken, qw, scale.expand(weight.shape[1]).contiguous())
+    return _in_steps(weight, qw).mul_(qw.step).mul_(scale)
+
+
+def _quantized_weight_and_steps(weight: Tensor, qw: _Grid) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Positions and steps for `_lsq_backward_`, and w_hat."""
+    taken = _for_kernels(weight, qw)
+    if taken is not None:
+        return taken, None, native_training.weight(taken, qw)
+    position, steps = _positions_and_steps(weight, qw)
+    return position, steps, steps * qw.step
+
+
 def _fake_linear_backward(grad, x, weight, x_step, x_zero, w_step, *args):
     grad_bias = grad.new_empty(len(weight) if args[-1] else 0)
     return [torch.empty_like(x), torch.empty_like(weight), grad_bias, *map(torch.empty_like, (x_step, x_zero, w_step))]
@@ -322,8 +339,7 @@ def _fake_linear_backward(grad, x, weight, x_step, x_zero, w_step, *args):
 def _linear_backward(grad, x, weight, x_step, x_zero, w_step, x_range, w_range, gelu, has_bias):
     """The gradients of x, weight, bias (of size 0 where there is none), x_step, x_zero and w_step."""
     qx, qw = _grid(LSQ(x_step, x_zero, *x_range)), _grid(LSQ(w_step, None, *w_range))
-    position_w, steps_w = _positions_and_steps(weight, qw)
-    w_hat = steps_w * qw.step
+    position_w, steps_w, w_hat = _quantized_weight_and_steps(weight, qw)
     w_half = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
     rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)                        # (M, N), (M, K)
     size = cache_piece(len(rows), x_rows.shape[-1], x, qx.native)
@@ -335,7 +351,7 @@ def _linear_backward(grad, x, weight, x_step, x_zero, w_step, x_range, w_range, 
         grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)
         grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx, x_piece if gelu else None)
         sums.append(piece_sums)
-    grad_w, w_sums = _lsq_backward_(grad_w_hat * qx.step, position_w, steps_w, qw)
+    grad_w, w_sums = _lsq_backward_(grad_w_hat.mul_(qx.step), position_w, steps_w, qw)
     grad_w_step, _ = _step_gradients(w_sums, qw, weight.numel())
     grad_x = (grad_piece if grad_x is None else grad_x).to(x.dtype).view(x.shape)
     grad_bias = rows.sum(0) if has_bias else rows.new_empty(0)

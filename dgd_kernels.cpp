@@ -97,7 +97,10 @@ struct Matrices {  // (images, heads, tokens, width of the data); the strides of
 template <typename T>
 T square(const T* data, int64_t stride, int64_t tokens, int64_t size) {
     T sum = 0;
-    for (int64_t n = 0; n < tokens; ++n) sum += inner(data + n * stride, data + n * stride, size);
+    for (int64_t n = 0; n < tokens; ++n) {
+        for (int64_t i = 0; i < size; i += Vector<T>::LANES) __builtin_prefetch(data + (n + 8) * stride + i);
+        sum += inner(data + n * stride, data + n * stride, size);
+    }
     return sum;
 }
 

@@ -1,7 +1,7 @@
 // Learned step size quantization on the CPU, forward and backward in one pass each: the kernels of native_training.py.
 //
-// A tensor is (outer, channels, inner), contiguous, with a step and a zero point per channel. Each of `threads` threads
-// takes a range of rows and sums into memory of its own, so that a number of threads always gives the same result.
+// A tensor is (outer, channels, rows, inner), with a step and a zero point per channel. Each of `threads` threads takes
+// a range of it and sums into memory of its own, so that a number of threads always gives the same result.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -120,11 +120,16 @@ inline T value_in_steps(T x, T per_step, T zero, T qn, T qp) {
     return in_steps(position_of<fused>(x, per_step, zero), zero, qn, qp);
 }
 
+// Of x and of what is not contiguous about it: the strides of outer, channels and rows; results are contiguous.
+struct Layout {
+    int64_t outer, rows, inner, of_outer, of_channel, of_row;
+};
+
 template <bool gelu, typename T>
-void steps(const T* x, T* out, int64_t outer, int64_t inner, Grid<T> grid, int threads) {
+void steps(const T* x, T* out, Layout at, Grid<T> grid, int threads) {
     const int64_t channels = grid.channels;
-    if (inner == 1) {
-        split(outer, threads, [=](int, int64_t first, int64_t last) {
+    if (at.inner == 1) {  // and one row
+        split(at.outer, threads, [=](int, int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row) {
                 const T* from = x + row * channels;
                 T* to = out + row * channels;
@@ -135,24 +140,47 @@ void steps(const T* x, T* out, int64_t outer, int64_t inner, Grid<T> grid, int t
         });
         return;
     }
-    split(outer * channels, threads, [=](int, int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-            const T per_step = grid.per_step[row % channels], zero = grid.zero[row % channels];
-            const T* from = x + row * inner;
-            T* to = out + row * inner;
+    split(at.outer * channels, threads, [=](int, int64_t first, int64_t last) {
+        for (int64_t index = first; index < last; ++index) {
+            const int64_t channel = index % channels;
+            const T per_step = grid.per_step[channel], zero = grid.zero[channel];
+            for (int64_t row = 0; row < at.rows; ++row) {
+                const T* from = x + index / channels * at.of_outer + channel * at.of_channel + row * at.of_row;
+                T* to = out + (index * at.rows + row) * at.inner;
 #pragma omp simd
-            for (int64_t i = 0; i < inner; ++i)
-                to[i] = value_in_steps<false, gelu>(from[i], per_step, zero, grid.qn, grid.qp);
+                for (int64_t i = 0; i < at.inner; ++i)
+                    to[i] = value_in_steps<false, gelu>(from[i], per_step, zero, grid.qn, grid.qp);
+            }
+        }
+    });
+}
+
+// w_hat, (channels, inner), times a scale per column where there is one.
+template <typename T>
+void weight(const T* w, const T* step, const T* scale, T* out, int64_t inner, Grid<T> grid, int threads) {
+    split(grid.channels, threads, [=](int, int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const T per_step = grid.per_step[row], of_row = step[row];
+            const T* from = w + row * inner;
+            T* to = out + row * inner;
+            if (scale == nullptr)
+#pragma omp simd
+                for (int64_t i = 0; i < inner; ++i)
+                    to[i] = in_steps(from[i] * per_step, T(0), grid.qn, grid.qp) * of_row;
+            else
+#pragma omp simd
+                for (int64_t i = 0; i < inner; ++i)
+                    to[i] = in_steps(from[i] * per_step, T(0), grid.qn, grid.qp) * of_row * scale[i];
         }
     });
 }
 
 // `grad`, of x_hat, becomes that of x, or with `gelu` of the GELU's input x.
 template <bool gelu, typename T>
-void backward_all(T* grad, const T* x, T* sums, int64_t outer, int64_t inner, Grid<T> grid, int threads) {
+void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int threads) {
     const int64_t channels = grid.channels;
-    if (inner == 1) {
-        split(outer, threads, [=](int thread, int64_t first, int64_t last) {
+    if (at.inner == 1) {
+        split(at.outer, threads, [=](int thread, int64_t first, int64_t last) {
             T *terms = sums + thread * 3 * channels, *inside = terms + channels, *all = inside + channels;
             for (int64_t row = first; row < last; ++row) {
                 const T* from = x + row * channels;
@@ -168,18 +196,21 @@ void backward_all(T* grad, const T* x, T* sums, int64_t outer, int64_t inner, Gr
         });
         return;
     }
-    split(outer * channels, threads, [=](int thread, int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-            const int64_t channel = row % channels;
+    split(at.outer * channels, threads, [=](int thread, int64_t first, int64_t last) {
+        for (int64_t index = first; index < last; ++index) {
+            const int64_t channel = index % channels;
             const T per_step = grid.per_step[channel], zero = grid.zero[channel];
-            const T* from = x + row * inner;
-            T *g = grad + row * inner, terms = 0, inside = 0, all = 0;
+            T terms = 0, inside = 0, all = 0;
+            for (int64_t row = 0; row < at.rows; ++row) {
+                const T* from = x + index / channels * at.of_outer + channel * at.of_channel + row * at.of_row;
+                T* g = grad + (index * at.rows + row) * at.inner;
 #pragma omp simd reduction(+ : terms, inside, all)
-            for (int64_t i = 0; i < inner; ++i) {
-                T slope = 1;
-                const T value = gelu ? clipped_gelu(from[i], slope) : from[i];
-                g[i] = slope * backward(g[i], position_of<false>(value, per_step, zero), zero, grid.qn, grid.qp,
-                                        grid.low, grid.high, terms, inside, all);
+                for (int64_t i = 0; i < at.inner; ++i) {
+                    T slope = 1;
+                    const T value = gelu ? clipped_gelu(from[i], slope) : from[i];
+                    g[i] = slope * backward(g[i], position_of<false>(value, per_step, zero), zero, grid.qn, grid.qp,
+                                            grid.low, grid.high, terms, inside, all);
+                }
             }
             T* to = sums + thread * 3 * channels + channel;
             to[0] += terms, to[channels] += inside, to[2 * channels] += all;
@@ -239,15 +270,19 @@ void softmax_backward(T* grad, const T* softmax, T* sums, int64_t rows, int64_t 
 
 }  // namespace
 
+#define LAYOUT int64_t outer, int64_t rows, int64_t inner, int64_t of_outer, int64_t of_channel, int64_t of_row
+#define AT Layout{outer, rows, inner, of_outer, of_channel, of_row}
 #define GRID(T) const T *per_step, const T *zero, int64_t channels, double qn, double qp, double low, double high
 #define OF(T) Grid<T>{per_step, zero, channels, T(qn), T(qp), T(low), T(high)}
 #define DEFINE(T, name)                                                                                               \
-    void lsq_steps_##name(const T* x, T* out, int64_t outer, int64_t inner, int gelu, GRID(T), int threads) {         \
-        (gelu ? steps<true, T> : steps<false, T>)(x, out, outer, inner, OF(T), threads);                              \
+    void lsq_steps_##name(const T* x, T* out, LAYOUT, int gelu, GRID(T), int threads) {                               \
+        (gelu ? steps<true, T> : steps<false, T>)(x, out, AT, OF(T), threads);                                        \
     }                                                                                                                 \
-    void lsq_backward_##name(T* grad, const T* x, T* sums, int64_t outer, int64_t inner, int gelu, GRID(T),           \
-                             int threads) {                                                                           \
-        (gelu ? backward_all<true, T> : backward_all<false, T>)(grad, x, sums, outer, inner, OF(T), threads);         \
+    void lsq_weight_##name(const T* w, const T* step, const T* scale, T* out, int64_t inner, GRID(T), int threads) {  \
+        weight<T>(w, step, scale, out, inner, OF(T), threads);                                                        \
+    }                                                                                                                 \
+    void lsq_backward_##name(T* grad, const T* x, T* sums, LAYOUT, int gelu, GRID(T), int threads) {                  \
+        (gelu ? backward_all<true, T> : backward_all<false, T>)(grad, x, sums, AT, OF(T), threads);                   \
     }                                                                                                                 \
     void lsq_softmax_##name(const T* scores, T* softmax, T* out, int64_t rows, int64_t tokens, GRID(T),               \
                             int threads) {                                                                            \

@@ -21,7 +21,8 @@ from cpp_library import load
 if TYPE_CHECKING:
     from _lsq import _Grid
 
-__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'is_on', 'opaque', 'softmax_backward_', 'softmax_steps_', 'steps']
+__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'is_on', 'opaque', 'softmax_backward_', 'softmax_steps_', 'steps', 'takes',
+           'weight']
 
 FOLDER = Path(__file__).parent
 SOURCES = {  # with flags of the compiler
@@ -47,8 +48,9 @@ def enable(on: bool = True) -> None:
     size, pointer, number, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int
     grid = [pointer] * 2 + [size] + [number] * 4
     for library, name, arguments in (
-            (lsq, 'lsq_steps', [pointer] * 2 + [size] * 2 + [flag, *grid]),
-            (lsq, 'lsq_backward', [pointer] * 3 + [size] * 2 + [flag, *grid]),
+            (lsq, 'lsq_steps', [pointer] * 2 + [size] * 6 + [flag, *grid]),
+            (lsq, 'lsq_weight', [pointer] * 4 + [size, *grid]),
+            (lsq, 'lsq_backward', [pointer] * 3 + [size] * 6 + [flag, *grid]),
             (lsq, 'lsq_softmax', [pointer] * 3 + [size] * 2 + grid),
             (lsq, 'lsq_softmax_backward', [pointer] * 3 + [size] * 2 + grid),
             (dgd, 'dgd', ([pointer] + [size] * 3) * 2 + [pointer] * 2 + [size] * 4)):
@@ -89,19 +91,29 @@ def opaque(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _layout(x: Tensor, step: Tensor) -> tuple[int, int, int]:
-    """(outer, channels, inner) of x, with a step for each of the channels; the kernels' threads share outer * channels.
+def takes(x: Tensor, step: Tensor) -> bool:
+    """Whether the kernels read x as it lies in memory: contiguous, or heads (B, H, N, d) as views of a layer's output."""
+    return x.is_contiguous() or x.ndim == 4 and x.stride(-1) == 1 and step.shape == (x.shape[1], 1, 1)
+
+
+def _layout(x: Tensor, step: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Channels of x, with a step for each; and outer, rows and inner of x as (outer, channels, rows, inner), with the
+    strides of outer, channels and rows. The kernels' threads share outer * channels.
 
     Raises:
         ValueError: x has another number of channels, or lies elsewhere.
     """
     if step.numel() == 1:
         inner = max(1, x.shape[-1]) if x.ndim else 1
-        return x.numel() // inner, 1, inner
+        return 1, (x.numel() // inner, 1, inner, inner, 0, 0)
     axis = x.ndim - step.ndim + next(i for i, size in enumerate(step.shape) if size > 1)
     if axis < 0 or x.shape[axis] != step.numel() or x.device != step.device:
         raise ValueError(f'{step.numel()} steps on {step.device} do not fit x of shape {list(x.shape)} on {x.device}')
-    return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1:])
+    if not x.is_contiguous():
+        outer, channels, rows, inner = x.shape
+        return channels, (outer, rows, inner, *x.stride()[:3])
+    outer, channels, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1:])
+    return channels, (outer, 1, inner, channels * inner, inner, 0)
 
 
 def _threads(x: Tensor) -> int:
@@ -112,23 +124,32 @@ def _threads(x: Tensor) -> int:
 def steps(x: Tensor, q: _Grid, out: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x_hat / alpha, or with `gelu` that of clipped_gelu(x), in `out`, contiguous and of the step's dtype, or fresh.
 
-    x is contiguous and of that dtype.
+    x is of that dtype and lies as `takes` says.
     """
-    out = torch.empty_like(x) if out is None else out
-    outer, channels, inner = _layout(x, q.step)
-    _call('lsq_steps', (x, out), (outer, inner, gelu), q, channels, _threads(x))
+    out = x.new_empty(x.shape) if out is None else out
+    channels, layout = _layout(x, q.step)
+    _call('lsq_steps', (x, out), (*layout, gelu), q, channels, _threads(x))
+    return out
+
+
+def weight(w: Tensor, q: _Grid, scale: Tensor | None = None) -> Tensor:
+    """w_hat of w, (N, K), contiguous, with a step for each row; times `scale`, (K,) contiguous, where there is one."""
+    if q.step.shape != (len(w), 1) or scale is not None and scale.shape != w.shape[1:]:
+        raise ValueError(f'{q.step.numel()} steps do not fit a weight of shape {list(w.shape)}')
+    out = torch.empty_like(w)
+    _call('lsq_weight', (w, q.step, scale, out), (w.shape[1],), q, len(w), _threads(w))
     return out
 
 
 def backward_(grad: Tensor, x: Tensor, q: _Grid, gelu: bool = False) -> list[Tensor]:
-    """Makes `grad`, of x_hat, or with `gelu` of the quantized clipped_gelu(x), that of x. Both are contiguous.
+    """Makes `grad`, contiguous, of x_hat, or with `gelu` of the quantized clipped_gelu(x), that of x.
 
     Returns:
         Of every channel the sums of grad c - dx p, and with a zero point of dx and of grad: of the step's shape.
     """
-    threads, (outer, channels, inner) = _threads(x), _layout(x, q.step)
+    threads, (channels, layout) = _threads(x), _layout(x, q.step)
     sums = x.new_zeros(threads, 3, channels)
-    _call('lsq_backward', (grad, x, sums), (outer, inner, gelu), q, channels, threads)
+    _call('lsq_backward', (grad, x, sums), (*layout, gelu), q, channels, threads)
     return _total(sums, q)
 
 
@@ -163,10 +184,12 @@ def gram_distance(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
                                grad.data_ptr(), *sizes, max(1, min(torch.get_num_threads(), sizes[0] * sizes[1])))
 
 
-def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], q: _Grid, channels: int, threads: int) -> None:
+def _call(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], q: _Grid, channels: int,
+          threads: int) -> None:
     zero, dtype = torch.zeros_like(q.step) if q.zero is None else q.zero, tensors[0].dtype
-    _functions[name, dtype](*(tensor.data_ptr() for tensor in tensors), *sizes, q.per_step.data_ptr(), zero.data_ptr(),
-                            channels, q.qn, q.qp, *q.borders(dtype), threads)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    _functions[name, dtype](*pointers, *sizes, q.per_step.data_ptr(), zero.data_ptr(), channels, q.qn, q.qp,
+                            *q.borders(dtype), threads)
 
 
 def _total(sums: Tensor, q: _Grid) -> list[Tensor]:

@@ -176,24 +176,23 @@ def test_damaged_values_do_not_crash():
 @pytest.mark.parametrize('on', [True, False])
 def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monkeypatch, kernels_off, on):
     calls = []
-    for name in ('steps', 'backward_', 'softmax_steps_', 'softmax_backward_'):
+    names = 'steps', 'weight', 'backward_', 'softmax_steps_', 'softmax_backward_'
+    for name in names:
         kernel = getattr(native_training, name)
         monkeypatch.setattr(native_training, name, lambda x, *args, kernel=kernel, name=name: calls.append(
             (name, x.shape)) or kernel(x, *args))
     native_training.enable(on)
-    for module, x, shapes in (
-            (ActQ(5, 4), torch.randn(2, 5), [(2, 5)]),
-            (LinearQ(5, 3, weight_bits=4, act_bits=4), torch.randn(2, 5), [(3, 5), (2, 5)]),
-            (QAttention(64, 1, QuantConfig(4, 4)), torch.randn(1, 4, 64),
-             [(192, 64), (4, 64), (1, 1, 4, 64), (1, 1, 4, 4), (64, 64)])):
+    for module, x, weights, activations, maps in (
+            (ActQ(5, 4), torch.randn(2, 5), set(), {(2, 5)}, set()),
+            (LinearQ(5, 3, weight_bits=4, act_bits=4), torch.randn(2, 5), {(3, 5)}, {(2, 5)}, set()),
+            (QAttention(64, 1, QuantConfig(4, 4)), torch.randn(1, 4, 64), {(192, 64), (64, 64)},
+             {(4, 64), (1, 1, 4, 64)}, {(1, 1, 4, 4)})):
         calibrate(module, x)
         calls.clear()
         out = module.train()(x.requires_grad_())
         (out if torch.is_tensor(out) else out[0]).sum().backward()
-        maps = {shape for shape in shapes if shape[-2:] == (4, 4)}
-        for names, of in ((('steps', 'backward_'), set(shapes) - maps), (('softmax_steps_', 'softmax_backward_'), maps)):
-            for name in names:
-                assert {shape for called, shape in calls if called == name} == (of if on else set())
+        for name, shapes in zip(names, (activations, weights, activations | weights, maps, maps), strict=True):
+            assert {shape for called, shape in calls if called == name} == (shapes if on else set())
 
 
 @pytest.mark.parametrize(('x_shape', 'step_shape', 'has_zero'), [
@@ -266,8 +265,6 @@ def test_a_training_run_with_kernels(tmp_path, capsys, monkeypatch):
     assert run(*flags, '--output_dir', tmp_path) == 0 and native_training.enabled(torch.ones(1))
     assert run(*TINY, '--epochs', 1) == 0 and not native_training.enabled(torch.ones(1))
     capsys.readouterr()
-    assert run(*flags, '--compile') == 2
-    assert 'choose one' in capsys.readouterr().err
     monkeypatch.setenv('CXX', 'no-such-compiler')
     assert run(*flags) == 2
     assert '--native-kernels: no C++ compiler (no-such-compiler)' in capsys.readouterr().err
