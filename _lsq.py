@@ -231,19 +231,19 @@ def _clipped_gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
 # --- products of quantized operands -----------------------------------------------------------------------------------
 
 
-PIECE_BYTES = 1 << 19
+PIECE_BYTES = 1 << 20  # a thread
 PIECE_BYTES_OF_KERNELS = 1 << 22  # measured: with few passes, fewer and larger products are faster
 
 
 def cache_piece(items: int, numel: int, like: Tensor, native: bool = False) -> int:
     """How many of a batch's items to compute at a time, with `numel` values each in the largest temporary.
 
-    A pass over a piece that stays in a CPU's cache is several times faster than one over all the batch. GPUs and the
-    compiler, which fuses the passes, get all at once. `native`: the passes are those of `native_training`.
+    A pass over a piece that stays in the caches of a CPU's cores is several times faster than one over all the batch.
+    GPUs and the compiler, which fuses the passes, get all at once. `native`: the passes are those of `native_training`.
     """
     if like.device.type != 'cpu' or torch.compiler.is_compiling():
         return items
-    piece = PIECE_BYTES_OF_KERNELS if native else PIECE_BYTES
+    piece = torch.get_num_threads() * (PIECE_BYTES_OF_KERNELS if native else PIECE_BYTES)
     most = max(1, piece // max(1, numel * like.element_size()))
     return math.ceil(items / math.ceil(items / most)) if items else 1  # pieces of equal size
 
@@ -280,7 +280,8 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu):
         ctx.x_range, ctx.w_range, ctx.has_bias, ctx.gelu = x_range, w_range, bias is not None, gelu
         ctx.save_for_backward(x, weight, x_step, x_zero, w_step)
-        return _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu, _product_dtype(x, x_step))
+        dtype = _product_dtype(x, x_step)
+        return _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu, dtype)
 
     @staticmethod
     def backward(ctx, grad):

@@ -171,7 +171,7 @@ def _softmax_backward(grad: Tensor, softmax: Tensor, out: Tensor | None) -> Tens
 
 def _attention_grids(steps: Sequence[Tensor], ranges: Sequence[int]) -> list[_Grid]:
     """Of q, k, v and A, from their steps and zero points in turn."""
-    return [_grid(LSQ(*quantizer)) for quantizer in zip(steps[::2], steps[1::2], ranges[::2], ranges[1::2], strict=True)]
+    return [_grid(LSQ(*each)) for each in zip(steps[::2], steps[1::2], ranges[::2], ranges[1::2], strict=True)]
 
 
 def _attention_pieces(q: Tensor, native: bool) -> tuple[int, int]:

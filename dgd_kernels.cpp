@@ -11,7 +11,7 @@
 
 namespace {
 
-// --- products: of matrices whose rows are `width` values, a multiple of LANES, 0 where there is no data ---------------
+// --- products: of matrices whose rows are `width` values, a multiple of LANES, 0 where there is no data --------------
 
 template <typename T>
 struct Vector {
@@ -62,7 +62,7 @@ inline void for_blocks(int64_t first, int64_t vectors, F f) {
 // left^T @ right, (width, width), of `depth` rows each; where both are the same, of one half only what is needed.
 template <typename T>
 APART void gram(const T* left, const T* right, T* out, int64_t width, int64_t depth) {
-    constexpr int64_t LANES = Vector<T>::LANES, PIECE = 48;  // rows that the innermost cache holds while all blocks pass
+    constexpr int64_t LANES = Vector<T>::LANES, PIECE = 48;  // rows, which the innermost cache holds for all blocks
     for (int64_t k = 0; k < depth; k += PIECE)
         for (int64_t row = 0; row < width; row += ROWS) {
             const int64_t start = left == right ? row / LANES * LANES : 0;
@@ -86,7 +86,7 @@ T inner(const T* a, const T* b, int64_t size) {
     return sum;
 }
 
-// --- the distance -----------------------------------------------------------------------------------------------------
+// --- the distance ----------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Matrices {  // (images, heads, tokens, width of the data); the strides of the first three, in values

@@ -85,7 +85,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--model-ema-force-cpu', action='store_true')
     add('--amp', default='none', choices=AMP_DTYPES, help='precision of the matrix products')
     add('--compile', action='store_true', help='torch.compile')
-    add('--native-kernels', action='store_true', help='on a CPU: quantizers and DGD in C++, compiled on first use')
+    add('--native-kernels', action=BooleanOptionalAction,
+        help='quantizers and DGD in C++, compiled on first use (default: on a CPU, where a compiler is found)')
 
     group = parser.add_argument_group('optimizer and schedule')
     add = group.add_argument

@@ -272,7 +272,7 @@ def _distance_and_gradient_(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor
     far = torch.where(nonzero, (2 * one_minus_cos).clamp_min(0).sqrt(), (has_a ^ has_b).to(a.dtype))
     distance.copy_(far[..., 0, 0])
 
-    # d(distance) = d(distance^2) / (2 distance); the divisions by the norms undo the scaling of A, M, B and the products.
+    # d(distance) = d(distance^2) / (2 distance); the divisions by the norms undo the scaling of A, M, B and products.
     factor = torch.where(nonzero & (far > 0), 2 / far, 0) / (norm_a * norm_b) * inverse
     p = factor * (1 - one_minus_cos) / a2.square()
     r = -factor * (difference + one_minus_cos * b2) / (a2.square() * b2)

@@ -9,7 +9,7 @@
 
 namespace {
 
-// --- functions of one value -------------------------------------------------------------------------------------------
+// --- functions of one value ------------------------------------------------------------------------------------------
 
 template <typename T>
 inline T multiply_add(T a, T b, T c) {
@@ -95,7 +95,7 @@ inline T backward(T grad, T position, T zero, T qn, T qp, T low, T high, T& term
     return dx;
 }
 
-// --- whole tensors ----------------------------------------------------------------------------------------------------
+// --- whole tensors ---------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Grid {
@@ -218,9 +218,9 @@ void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int thr
     });
 }
 
-// --- attention: rows of scores, `tokens` long, `tokens` of them to each channel in turn -------------------------------
+// --- attention: rows of scores, `tokens` long, `tokens` of them to each channel in turn ------------------------------
 
-// The softmax of each row and its steps; `softmax` may be `scores`, `out` may be any of them where `softmax` is not kept.
+// The softmax of each row and its steps. `softmax` may be `scores`, and `out` either, where that is not kept.
 template <typename T>
 void softmax_steps(const T* scores, T* softmax, T* out, int64_t rows, int64_t tokens, Grid<T> grid, int threads) {
     split(rows, threads, [=](int, int64_t first, int64_t last) {

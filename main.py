@@ -50,6 +50,19 @@ def resolve(args: Namespace, checkpoint: dict[str, Any] | None) -> None:
         raise UserError(f'{args.resume} is of {args.data_set}: pass its --data-path')
 
 
+def enable_native_kernels(wanted: bool | None, device: torch.device) -> bool:
+    """Whether quantizers and DGD are computed in C++ from now on: by default on a CPU that has a compiler."""
+    on = device.type == 'cpu' if wanted is None else wanted
+    try:
+        native_training.enable(on)
+    except NativeUnavailable as error:
+        if wanted:
+            raise UserError(f'--native-kernels: {error}') from error
+        print(f'training goes on without its C++ kernels: {error}')
+        return False
+    return on
+
+
 def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
     """Joins the processes, reads the checkpoint, and settles, says and saves how everything is going to run."""
     device_was_open = args.device is None
@@ -59,10 +72,7 @@ def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
         print('no CUDA GPU here: running on the CPU')
     if device.type == 'cpu':
         utils.keep_freed_memory()
-    try:
-        native_training.enable(args.native_kernels)
-    except NativeUnavailable as error:
-        raise UserError(f'--native-kernels: {error}') from error
+    args.native_kernels = enable_native_kernels(args.native_kernels, device)
     output = Path(args.output_dir) if args.output_dir else None
     if args.resume == 'auto':
         args.resume = str(output / 'checkpoint.pth') if (output / 'checkpoint.pth').is_file() else ''

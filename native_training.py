@@ -1,8 +1,8 @@
 """C++ kernels of training on the CPU: the quantizers (`lsq_kernels.cpp`) and DGD (`dgd_kernels.cpp`).
 
 A quantizer is one pass forward and one backward where torch takes four to nine; GELU and softmax are fused with the
-quantizers behind them. The mathematics is that of `_lsq.py`, `_lsq_attention.py` and `losses.py`, which call the kernels
-where they are enabled; sums are added in another order, and GELU and softmax round differently.
+quantizers behind them. The mathematics is that of `_lsq.py`, `_lsq_attention.py` and `losses.py`, which call the
+kernels where they are enabled; sums are added in another order, and GELU and softmax round differently.
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cpp_library import load
 if TYPE_CHECKING:
     from _lsq import _Grid
 
-__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'is_on', 'opaque', 'softmax_backward_', 'softmax_steps_', 'steps', 'takes',
-           'weight']
+__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'is_on', 'opaque', 'softmax_backward_',
+           'softmax_steps_', 'steps', 'takes', 'weight']
 
 FOLDER = Path(__file__).parent
 SOURCES = {  # with flags of the compiler
@@ -92,7 +92,7 @@ def opaque(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 
 def takes(x: Tensor, step: Tensor) -> bool:
-    """Whether the kernels read x as it lies in memory: contiguous, or heads (B, H, N, d) as views of a layer's output."""
+    """Whether the kernels read x where it lies: contiguous, or heads (B, H, N, d) as views of a layer's output."""
     return x.is_contiguous() or x.ndim == 4 and x.stride(-1) == 1 and step.shape == (x.shape[1], 1, 1)
 
 
@@ -167,15 +167,15 @@ def softmax_steps_(scores: Tensor, q: _Grid, out: Tensor | None = None) -> Tenso
 def softmax_backward_(grad: Tensor, softmax: Tensor, q: _Grid) -> list[Tensor]:
     """Makes `grad`, of the quantized softmax, (B, H, N, N), that of the scores; returns what `backward_` returns."""
     _check_heads(softmax, q)
-    threads, tokens = _threads(softmax), softmax.shape[-1]
-    sums = softmax.new_zeros(threads, 3, q.step.numel())
-    _call('lsq_softmax_backward', (grad, softmax, sums), (softmax.numel() // tokens, tokens), q, q.step.numel(), threads)
+    threads, tokens, channels = _threads(softmax), softmax.shape[-1], q.step.numel()
+    sums = softmax.new_zeros(threads, 3, channels)
+    _call('lsq_softmax_backward', (grad, softmax, sums), (softmax.numel() // tokens, tokens), q, channels, threads)
     return _total(sums, q)
 
 
 def gram_distance(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
-    """Into `distance`, (B, H), that of the normalised Gram matrices of a and b, (B, H, N, d); into `grad`, (B, H, N, d),
-    its gradient to a. Distance and gradient are contiguous; all are of one dtype."""
+    """Into `distance`, (B, H), that of the normalised Gram matrices of a and b, (B, H, N, d), and into `grad`,
+    (B, H, N, d), its gradient to a. Distance and gradient are contiguous; all are of one dtype."""
     a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
     sizes = a.shape
     if not sizes == b.shape == grad.shape or distance.shape != sizes[:2]:

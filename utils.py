@@ -203,8 +203,9 @@ def outlive_signals(_worker: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what a training step freed for the next one. By default most of it goes back to the system, which
-    then clears it page by page: a twentieth of a step on a CPU. MALLOC_* variables of the environment have precedence."""
+    """Lets glibc keep what a training step freed for the next one. By default much of it goes back to the system, which
+    then clears it page by page: a twentieth of a quantized step. MALLOC_* variables of the environment have precedence.
+    """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is None or any(name.startswith('MALLOC_') for name in os.environ):
         return

@@ -37,10 +37,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import native_training  # noqa: E402
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
 from build import wrap  # noqa: E402
+from cpp_library import NativeUnavailable  # noqa: E402
 from optim import build_optimizer  # noqa: E402
+from utils import keep_freed_memory  # noqa: E402
 
 WARM_UP = 2  # updates
 GPUS = 8, 64
@@ -58,6 +61,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--repeats', default=5, type=int, metavar='N', help='timed updates of every row (default: %(default)s)')
     add('--gpu-bandwidth', type=float, metavar='GB/S', help='10^9 bytes a second that a GPU sends, for the estimate')
     add('--gpu-step-ms', type=float, metavar='MS', help='time of a step on one GPU, for the estimate')
+    add('--native-kernels', action='store_true', help='quantizers in C++, as main.py has them where it can')
     add('--json', type=Path, metavar='FILE', help='also write the results there')
     args = parser.parse_args(argv)
     given = [value for value in (args.gpu_bandwidth, args.gpu_step_ms) if value is not None]
@@ -71,6 +75,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def measure(rank: int, processes: int, folder: str, args: argparse.Namespace) -> None:
     """One of the processes; rank 0 leaves the rows of this number of processes in `folder`."""
     torch.set_num_threads(1)
+    keep_freed_memory()
+    native_training.enable(args.native_kernels)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store{processes}', rank=rank, world_size=processes)
     torch.manual_seed(rank)
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size)
@@ -152,6 +158,11 @@ def table(results: dict) -> str:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+    try:
+        native_training.enable(args.native_kernels)
+    except NativeUnavailable as error:
+        print(f'error: --native-kernels: {error}', file=sys.stderr)
+        sys.exit(2)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for processes in sorted({row[0] for row in ROWS}):

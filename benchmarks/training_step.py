@@ -1,7 +1,7 @@
 """Time and peak memory of a whole training step, part by part, and of an evaluation, against full precision.
 
     python benchmarks/training_step.py                             4-bit DeiT-Tiny, batch 16
-    python benchmarks/training_step.py --native-kernels            its quantizers and DGD in C++
+    python benchmarks/training_step.py --native-kernels            its quantizers and DGD in C++, main.py's default
     python benchmarks/training_step.py --device cuda --compile --amp bf16 --batch-size 128
 
 The reference is timm's distilled DeiT of the same size, with its own fused attention, that learns from the same teacher

@@ -18,14 +18,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def kernels_off():
+    """Quantizers and DGD in torch again, whatever a test enables, as `main` does."""
+    yield
+    native_training.enable(False)
+
+
 @pytest.fixture(params=['torch', 'C++'])
 def kernels(request):
-    """Runs a test with the quantizers in torch, and again with them in C++."""
+    """Runs a test with quantizers and DGD in torch, and again with them in C++."""
     if request.param == 'C++' and shutil.which('g++') is None:
         pytest.skip('no C++ compiler')
     native_training.enable(request.param == 'C++')
-    yield
-    native_training.enable(False)
 
 
 @pytest.fixture(scope='session')

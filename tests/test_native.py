@@ -4,6 +4,7 @@ Both compute the same integers; what lies between them in float32 differs in the
 rounding boundary a code may differ by one and spread. So most images must agree to float32's precision, and a
 kernel that is wrong anywhere fails on all of them.
 """
+import json
 import platform
 import re
 import shutil
@@ -34,13 +35,6 @@ def own_cache(tmp_path, monkeypatch):
     native._library.cache_clear()
     yield tmp_path / 'qvit'
     native._library.cache_clear()
-
-
-@pytest.fixture
-def kernels_off():
-    """The quantizers of training in torch again, afterwards."""
-    yield
-    native_training.enable(False)
 
 
 def spread_rule(channels, qn, qp):
@@ -174,7 +168,7 @@ def test_damaged_values_do_not_crash():
 
 
 @pytest.mark.parametrize('on', [True, False])
-def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monkeypatch, kernels_off, on):
+def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monkeypatch, on):
     calls = []
     names = 'steps', 'weight', 'backward_', 'softmax_steps_', 'softmax_backward_'
     for name in names:
@@ -198,7 +192,7 @@ def test_every_quantizer_calls_the_training_kernels_where_they_are_enabled(monke
 @pytest.mark.parametrize(('x_shape', 'step_shape', 'has_zero'), [
     ((500, 96), (96,), True), ((2, 3, 40, 50), (3, 1, 1), True), ((500, 96), (1,), False), ((96, 500), (96, 1), False)],
     ids=str)
-def test_training_kernels_give_the_codes_of_torch_on_borders_and_nan(kernels_off, x_shape, step_shape, has_zero):
+def test_training_kernels_give_the_codes_of_torch_on_borders_and_nan(x_shape, step_shape, has_zero):
     torch.manual_seed(0)
     q = LSQ(torch.rand(step_shape) + 0.1, torch.randn(step_shape) * 3 if has_zero else None, -8, 7)
     zero = 0. if q.zero is None else q.zero.round()
@@ -216,7 +210,7 @@ def test_training_kernels_give_the_codes_of_torch_on_borders_and_nan(kernels_off
 
 @pytest.mark.parametrize(('x_shape', 'step_shape'), [((4000, 60), (60,)), ((5, 3, 90, 90), (3, 1, 1)),
                                                      ((60, 4000), (60, 1)), ((4000, 60), (1,))], ids=str)
-def test_quantizers_on_several_threads(kernels_off, x_shape, step_shape):
+def test_quantizers_on_several_threads(x_shape, step_shape):
     torch.manual_seed(0)
     x, grad = torch.randn(2, *x_shape, dtype=torch.float64).unbind()
     step = (torch.rand(step_shape, dtype=torch.float64) + 0.5).requires_grad_()
@@ -236,7 +230,7 @@ def test_quantizers_on_several_threads(kernels_off, x_shape, step_shape):
         torch.set_num_threads(before)
 
 
-def test_gelu_and_softmax_of_the_training_kernels_are_accurate(kernels_off):
+def test_gelu_and_softmax_of_the_training_kernels_are_accurate():
     """With a step of 2^-20 and codes up to 2^24, the codes show the values themselves."""
     native_training.enable()
     fine = LSQ(torch.tensor([2. ** -20]), torch.zeros(1), -2 ** 24, 2 ** 24)
@@ -260,11 +254,15 @@ def test_gelu_and_softmax_of_the_training_kernels_are_accurate(kernels_off):
     assert scores[0, 0, 0].isnan().all() and scores.isnan().sum() == 33
 
 
-def test_a_training_run_with_kernels(tmp_path, capsys, monkeypatch):
-    flags = *TINY, '--epochs', 1, '--native-kernels'
-    assert run(*flags, '--output_dir', tmp_path) == 0 and native_training.enabled(torch.ones(1))
-    assert run(*TINY, '--epochs', 1) == 0 and not native_training.enabled(torch.ones(1))
-    capsys.readouterr()
+def test_a_training_run_uses_the_kernels_where_it_can(tmp_path, capsys, monkeypatch):
+    flags = *TINY, '--epochs', 1
+    for given, on in ((), True), (('--no-native-kernels',), False), (('--native-kernels',), True):
+        assert run(*flags, *given, '--output_dir', tmp_path) == 0
+        said = json.loads((tmp_path / 'args.json').read_text())['args']['native_kernels']
+        assert said == native_training.is_on() == on
     monkeypatch.setenv('CXX', 'no-such-compiler')
-    assert run(*flags) == 2
+    capsys.readouterr()
+    assert run(*flags) == 0 and not native_training.is_on()
+    assert 'without its C++ kernels: no C++ compiler (no-such-compiler)' in capsys.readouterr().out
+    assert run(*flags, '--native-kernels') == 2
     assert '--native-kernels: no C++ compiler (no-such-compiler)' in capsys.readouterr().err
