@@ -164,18 +164,17 @@ void distance_and_gradient(const T* a, int64_t a_token, const T* b, int64_t b_to
     gram(at.b, at.m, at.x_t, width, tokens);
     gram(at.b, at.b, at.c, width, tokens);
 
-    T *u = at.of_b, *v = at.of_m;  // K + X and X^T + C
-    T t = 0, s = 0;
+    const T *k = at.k, *x_t = at.x_t, *c = at.c;
+    T *u = at.of_b, *v = at.of_m, t = 0, s = 0;  // u: X, then K + X; v: X^T + C
     for (int64_t i = 0; i < width; ++i)
-        for (int64_t j = 0; j < width; ++j) u[i * width + j] = at.x_t[j * width + i];
-    const T x_x_t = inner(u, at.x_t, products);
+        for (int64_t j = 0; j < width; ++j) u[i * width + j] = x_t[j * width + i];
+    const T x_x_t = inner(u, x_t, products);
 #pragma omp simd reduction(+ : t, s)
     for (int64_t i = 0; i < products; ++i) {
-        const T k = at.k[i], x_t = at.x_t[i], c = at.c[i];
-        t += x_t * (x_t + 2 * c);
-        s += k * (k + 4 * x_t + 2 * c);
-        u[i] += k;
-        v[i] = x_t + c;
+        t += x_t[i] * (x_t[i] + 2 * c[i]);
+        s += k[i] * (k[i] + 4 * x_t[i] + 2 * c[i]);
+        u[i] += k[i];
+        v[i] = x_t[i] + c[i];
     }
     s += 2 * x_x_t;
     const T e = s + 2 * t, b4 = at_least(inner(at.c, at.c, products), T(1e-12));
