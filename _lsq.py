@@ -64,15 +64,16 @@ class _Grid(NamedTuple):
         return self.qn - max(-self.qn * info.eps, info.tiny), self.qp * (1 + info.eps)
 
 
-def _grid(q: LSQ) -> _Grid:
+def _grid(q: LSQ, x: Tensor) -> _Grid:
+    """To quantize x with; of more precision than the step, torch computes it."""
     step = q.step.detach().clamp_min(min_step(q.step.dtype))
     return _Grid(step, step.reciprocal(), None if q.zero is None else q.zero.detach().round(), q.qn, q.qp,
-                 native_training.enabled(step))
+                 native_training.enabled(step) and torch.promote_types(x.dtype, step.dtype) == step.dtype)
 
 
 def _for_kernels(x: Tensor, q: _Grid) -> Tensor | None:
-    """x as the kernels take it; None where torch is to compute, also for x of more precision than the step."""
-    if q.native and torch.promote_types(x.dtype, q.step.dtype) == q.step.dtype:
+    """x as the kernels take it; None where torch is to compute."""
+    if q.native:
         x = x.to(q.step.dtype)
         return x if native_training.takes(x, q.step) else x.contiguous()
     return None
@@ -126,7 +127,7 @@ def _positions_and_steps(x: Tensor, q: _Grid, outs: tuple[Tensor | None, ...] = 
 
 def codes(x: Tensor, q: LSQ) -> Tensor:
     """The integer codes of x, int32, in [qn, qp]."""
-    return _positions(x, _grid(q)).clamp_(q.qn, q.qp).round_().to(torch.int32)
+    return _positions(x, _grid(q, x)).clamp_(q.qn, q.qp).round_().to(torch.int32)
 
 
 def fake_quantize(x: Tensor, q: LSQ) -> Tensor:
@@ -143,7 +144,7 @@ def _lsq_backward_(grad: Tensor, position: Tensor, steps: Tensor, q: _Grid,
     clipped_gelu(x) was quantized, `gelu_of` is x, whose gradient is given then.
     """
     grad = grad.to(position.dtype)
-    if q.native and position.dtype == q.step.dtype:
+    if q.native:
         grad, fused = grad.contiguous(), gelu_of is not None and _fuses_gelu(gelu_of, q)
         sums = native_training.backward_(grad, position, q, fused)
         return grad if gelu_of is None or fused else _clipped_gelu_backward_(grad, gelu_of), sums
@@ -183,13 +184,13 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, step, zero, qn, qp):
         ctx.code_range = qn, qp
         ctx.save_for_backward(x, step, zero)
-        q = _grid(LSQ(step, zero, qn, qp))
+        q = _grid(LSQ(step, zero, qn, qp), x)
         return _in_steps(x, q).mul_(q.step)
 
     @staticmethod
     def backward(ctx, grad):
         x, step, zero = ctx.saved_tensors
-        q = _grid(LSQ(step, zero, *ctx.code_range))
+        q = _grid(LSQ(step, zero, *ctx.code_range), x)
         grad_x, sums = _lsq_backward_(grad.clone(), *_positions_and_steps(x, q), q)
         return grad_x.to(x.dtype), *_step_gradients(sums, q, x.numel()), None, None
 
@@ -295,8 +296,7 @@ class _QuantizedLinear(torch.autograd.Function):
     'int[] w_range, Tensor? w_hat, bool gelu, ScalarType dtype) -> Tensor',
     lambda x, weight, *args: x.new_empty(*x.shape[:-1], len(weight), dtype=args[-1]))
 def _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, gelu, dtype):
-    qx = _grid(LSQ(x_step, x_zero, *x_range))
-    qw = _grid(LSQ(w_step, None, *w_range))
+    qx, qw = _grid(LSQ(x_step, x_zero, *x_range), x), _grid(LSQ(w_step, None, *w_range), weight)
     w_scaled = _quantized_weight(weight, qw, qx.step) if w_hat is None else w_hat * qx.step
     w_t = w_scaled.to(dtype).t()  # x_hat @ w_hat^T with the steps of x in the smaller operand
     rows = x.flatten(0, -2)  # (M, K)
@@ -312,9 +312,13 @@ def _linear(x, weight, bias, x_step, x_zero, w_step, x_range, w_range, w_hat, ge
     return out.view(*x.shape[:-1], len(weight))
 
 
+def _weight_for_kernel(weight: Tensor, qw: _Grid) -> Tensor | None:
+    return _for_kernels(weight, qw) if qw.step.shape == (len(weight), 1) else None
+
+
 def _quantized_weight(weight: Tensor, qw: _Grid, scale: Tensor) -> Tensor:
     """w_hat * scale, a scale for each column or one for all."""
-    taken = _for_kernels(weight, qw)
+    taken = _weight_for_kernel(weight, qw)
     if taken is not None:
         return native_training.weight(taken, qw, scale.expand(weight.shape[1]).contiguous())
     return _in_steps(weight, qw).mul_(qw.step).mul_(scale)
@@ -322,7 +326,7 @@ def _quantized_weight(weight: Tensor, qw: _Grid, scale: Tensor) -> Tensor:
 
 def _quantized_weight_and_steps(weight: Tensor, qw: _Grid) -> tuple[Tensor, Tensor | None, Tensor]:
     """Positions and steps for `_lsq_backward_`, and w_hat."""
-    taken = _for_kernels(weight, qw)
+    taken = _weight_for_kernel(weight, qw)
     if taken is not None:
         return taken, None, native_training.weight(taken, qw)
     position, steps = _positions_and_steps(weight, qw)
@@ -331,7 +335,8 @@ def _quantized_weight_and_steps(weight: Tensor, qw: _Grid) -> tuple[Tensor, Tens
 
 def _fake_linear_backward(grad, x, weight, x_step, x_zero, w_step, *args):
     grad_bias = grad.new_empty(len(weight) if args[-1] else 0)
-    return [torch.empty_like(x), torch.empty_like(weight), grad_bias, *map(torch.empty_like, (x_step, x_zero, w_step))]
+    grad_x, grad_w, *grads_of_steps = (like.new_empty(like.shape) for like in (x, weight, x_step, x_zero, w_step))
+    return [grad_x, grad_w, grad_bias, *grads_of_steps]
 
 
 @native_training.opaque(
@@ -339,7 +344,7 @@ def _fake_linear_backward(grad, x, weight, x_step, x_zero, w_step, *args):
     'int[] x_range, int[] w_range, bool gelu, bool has_bias) -> Tensor[]', _fake_linear_backward)
 def _linear_backward(grad, x, weight, x_step, x_zero, w_step, x_range, w_range, gelu, has_bias):
     """The gradients of x, weight, bias (of size 0 where there is none), x_step, x_zero and w_step."""
-    qx, qw = _grid(LSQ(x_step, x_zero, *x_range)), _grid(LSQ(w_step, None, *w_range))
+    qx, qw = _grid(LSQ(x_step, x_zero, *x_range), x), _grid(LSQ(w_step, None, *w_range), weight)
     position_w, steps_w, w_hat = _quantized_weight_and_steps(weight, qw)
     w_half = w_hat.to(grad.dtype)  # under autocast the product ran in half precision, and so do its two gradients
     rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)                        # (M, N), (M, K)
@@ -352,7 +357,7 @@ def _linear_backward(grad, x, weight, x_step, x_zero, w_step, x_range, w_range, 
         grad_w_hat = g.mT @ steps_half if grad_w_hat is None else grad_w_hat.addmm_(g.mT, steps_half)
         grad_piece, piece_sums = _lsq_backward_(_into(out, g, w_half), position, steps, qx, x_piece if gelu else None)
         sums.append(piece_sums)
-    grad_w, w_sums = _lsq_backward_(grad_w_hat.mul_(qx.step), position_w, steps_w, qw)
+    grad_w, w_sums = _lsq_backward_(grad_w_hat.to(w_hat.dtype).mul_(qx.step), position_w, steps_w, qw)
     grad_w_step, _ = _step_gradients(w_sums, qw, weight.numel())
     grad_x = (grad_piece if grad_x is None else grad_x).to(x.dtype).view(x.shape)
     grad_bias = rows.sum(0) if has_bias else rows.new_empty(0)

@@ -74,7 +74,7 @@ class _QuantizedAttention(torch.autograd.Function):
     'ScalarType dtype) -> Tensor', lambda q, *args: q.new_empty(q.shape, dtype=args[-1]))
 def _attention(q, k, v, dropout, steps, ranges, scale, dtype):
     """`steps`: steps and zero points of q, k, v and A in turn; `ranges`: so qn and qp."""
-    qq, qk, qv, qa = _attention_grids(steps, ranges)
+    qq, qk, qv, qa = _attention_grids((q, k, v, q), steps, ranges)
     few, one = _attention_pieces(q, qq.native)
     scratch = _Scratch(one < len(q))
     out = q.new_empty(q.shape, dtype=dtype) if scratch.used else None
@@ -102,7 +102,7 @@ def _attention(q, k, v, dropout, steps, ranges, scale, dtype):
     lambda grad, q, k, v, dropout, steps, *args: [*(x.new_empty(x.shape) for x in (q, k, v, *steps))])
 def _attention_backward(grad, q, k, v, dropout, steps, ranges, scale, dtype):
     """The gradients of q, k, v and `steps`."""
-    qq, qk, qv, qa = _attention_grids(steps, ranges)
+    qq, qk, qv, qa = _attention_grids((q, k, v, q), steps, ranges)
     wide, sums, sums_a, outs = qq.step.dtype, [], [], [None, None, None]
     few, one = _attention_pieces(q, qq.native)
     scratch = _Scratch(one < len(q))
@@ -143,7 +143,7 @@ def _attention_backward(grad, q, k, v, dropout, steps, ranges, scale, dtype):
         sums.append((*sums_q, *sums_k, *sums_v))
     grads, total = outs if scratch.used else (grad_q, grad_k, grad_v), _total(sums)
     numel, a_numel = q.numel(), q.numel() // q.shape[-1] * q.shape[-2]
-    return [*(out.to(q.dtype) for out in grads), *_step_gradients(total[:3], qq, numel),
+    return [*(out.to(x.dtype) for out, x in zip(grads, (q, k, v), strict=True)), *_step_gradients(total[:3], qq, numel),
             *_step_gradients(total[3:6], qk, numel), *_step_gradients(total[6:], qv, numel),
             *_step_gradients(_total(sums_a), qa, a_numel)]
 
@@ -169,9 +169,10 @@ def _softmax_backward(grad: Tensor, softmax: Tensor, out: Tensor | None) -> Tens
     return torch.ops.aten._softmax_backward_data.out(grad, softmax, -1, softmax.dtype, grad_input=out)
 
 
-def _attention_grids(steps: Sequence[Tensor], ranges: Sequence[int]) -> list[_Grid]:
-    """Of q, k, v and A, from their steps and zero points in turn."""
-    return [_grid(LSQ(*each)) for each in zip(steps[::2], steps[1::2], ranges[::2], ranges[1::2], strict=True)]
+def _attention_grids(tensors: Sequence[Tensor], steps: Sequence[Tensor], ranges: Sequence[int]) -> list[_Grid]:
+    """To quantize each of the tensors, by steps and zero points in turn."""
+    states = zip(steps[::2], steps[1::2], ranges[::2], ranges[1::2], strict=True)
+    return [_grid(LSQ(*state), x) for x, state in zip(tensors, states, strict=True)]
 
 
 def _attention_pieces(q: Tensor, native: bool) -> tuple[int, int]:

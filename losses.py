@@ -225,7 +225,8 @@ class _GramDistance(torch.autograd.Function):
         # The gradient is computed here, while a piece of a and b is in the cache: it alone is kept.
         distance, grad = a.new_empty(a.shape[:-2]), a.new_empty(a.shape)
         if native_training.enabled(a):
-            native_training.gram_distance(*(tensor.flatten(0, 1) for tensor in (a, b, distance, grad)))
+            native_training.gram_distance(*(x.flatten(0, -4) for x in (a, b)), distance.flatten(0, -2),
+                                          grad.flatten(0, -4))
         else:
             _GramDistance._by_pieces(a, b, distance, grad)
         ctx.save_for_backward(grad)

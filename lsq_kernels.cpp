@@ -31,17 +31,17 @@ inline T polynomial(T x, T first, T second, Rest... rest) {
     return polynomial(x, multiply_add(first, x, second), rest...);
 }
 
-// exp(x) for x <= 0, to a few units in the last place where it is a normal number. NaN stays NaN.
-inline float exponential(float x) {
+// exp(x) for x <= 0, to a few units in the last place; 0 below -87, about where normal numbers end. NaN stays NaN.
+inline float exponential(float from) {
     constexpr float log2_e = 1.44269504f, ln2_high = .693359375f, ln2_low = -2.12194440e-4f;  // ln 2 = high + low
-    x = x < -87.f ? -87.f : x;
+    const float x = from < -87.f ? -87.f : from;
     const float n = std::nearbyint(x * log2_e);
     const float r = multiply_add(n, -ln2_low, multiply_add(n, -ln2_high, x));  // |r| <= ln 2 / 2: Taylor
     const float e = polynomial(r, 1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f);
     const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;  // 2^n
     float power;
     std::memcpy(&power, &bits, sizeof power);
-    return e * power;
+    return from < -87.f ? 0.f : e * power;
 }
 
 inline double exponential(double x) { return std::exp(x); }
@@ -62,12 +62,12 @@ inline double normal(double x, double& bell) {
     return .5 * std::erfc(x * -.70710678118654752);
 }
 
-// min(GELU(x), 10), and in `slope` its derivative. GELU is never below -10.
+// min(GELU(x), 10), and in `slope` its derivative, 0 for NaN. GELU is never below -10.
 template <typename T>
 inline T clipped_gelu(T x, T& slope) {
     T bell;
     const T phi = normal(x, bell), y = x * phi;
-    slope = y >= 10 ? T(0) : multiply_add(x * T(.39894228040143268), bell, phi);  // bell / sqrt(2 pi): the density
+    slope = y < 10 ? multiply_add(x * T(.39894228040143268), bell, phi) : T(0);  // bell / sqrt(2 pi): the density
     return y > 10 ? T(10) : y;
 }
 
@@ -128,7 +128,7 @@ struct Layout {
 template <bool gelu, typename T>
 void steps(const T* x, T* out, Layout at, Grid<T> grid, int threads) {
     const int64_t channels = grid.channels;
-    if (at.inner == 1) {  // and one row
+    if (at.inner == 1 && at.rows == 1) {
         split(at.outer, threads, [=](int, int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row) {
                 const T* from = x + row * channels;
@@ -179,7 +179,7 @@ void weight(const T* w, const T* step, const T* scale, T* out, int64_t inner, Gr
 template <bool gelu, typename T>
 void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int threads) {
     const int64_t channels = grid.channels;
-    if (at.inner == 1) {
+    if (at.inner == 1 && at.rows == 1) {
         split(at.outer, threads, [=](int thread, int64_t first, int64_t last) {
             T *terms = sums + thread * 3 * channels, *inside = terms + channels, *all = inside + channels;
             for (int64_t row = first; row < last; ++row) {

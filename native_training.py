@@ -101,17 +101,19 @@ def _layout(x: Tensor, step: Tensor) -> tuple[int, tuple[int, ...]]:
     strides of outer, channels and rows. The kernels' threads share outer * channels.
 
     Raises:
-        ValueError: x has another number of channels, or lies elsewhere.
+        ValueError: x has another number of channels, or lies elsewhere or not as `takes` says.
     """
+    if not x.is_contiguous():
+        if not takes(x, step):
+            raise ValueError(f'x of shape {list(x.shape)} has strides {x.stride()}: make it contiguous')
+        outer, channels, rows, inner = x.shape
+        return channels, (outer, rows, inner, *x.stride()[:3])
     if step.numel() == 1:
         inner = max(1, x.shape[-1]) if x.ndim else 1
         return 1, (x.numel() // inner, 1, inner, inner, 0, 0)
     axis = x.ndim - step.ndim + next(i for i, size in enumerate(step.shape) if size > 1)
     if axis < 0 or x.shape[axis] != step.numel() or x.device != step.device:
         raise ValueError(f'{step.numel()} steps on {step.device} do not fit x of shape {list(x.shape)} on {x.device}')
-    if not x.is_contiguous():
-        outer, channels, rows, inner = x.shape
-        return channels, (outer, rows, inner, *x.stride()[:3])
     outer, channels, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1:])
     return channels, (outer, 1, inner, channels * inner, inner, 0)
 

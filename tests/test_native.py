@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, run
 
+import _lsq
 import cpp_library
 import native
 import native_training
-from _lsq import LSQ, _grid, fake_quantize
+from _lsq import LSQ, _grid, fake_quantize, quantized_linear
+from _lsq_attention import quantized_attention
 from _quan_base import ActQ, LinearQ, calibrate
 from integer import IntegerViT
 from quant_vision_transformer import QAttention, QuantConfig
@@ -230,27 +232,97 @@ def test_quantizers_on_several_threads(x_shape, step_shape):
         torch.set_num_threads(before)
 
 
+def both_ways(function, tensors: list) -> list[tuple]:
+    """Output and gradients of `function(*tensors)`, plain and by the kernels."""
+    found = []
+    for on in (False, True):
+        native_training.enable(on)
+        out = function(*(tensor.requires_grad_() for tensor in tensors))
+        generator = torch.Generator().manual_seed(0)
+        grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+        found.append((out, *torch.autograd.grad(out, tensors, grad)))
+    return found
+
+
+@pytest.mark.parametrize('granularity', ['channel', 'tensor'])
+@pytest.mark.parametrize(('heads', 'width'), [(1, 8), (3, 1), (3, 8), (2, 33)])
+def test_heads_are_quantized_as_they_lie(heads, width, granularity):
+    torch.manual_seed(0)
+    shape = (heads, 1, 1) if granularity == 'channel' else (1, 1, 1)
+    step, zero = torch.rand(shape, dtype=torch.float64) * .3 + .1, torch.randn(shape, dtype=torch.float64)
+    whole = torch.randn(2, 5, 3 * heads * width, dtype=torch.float64)
+
+    def quantized_heads(whole, step, zero):
+        q, _, v = whole.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        return torch.cat([fake_quantize(q, LSQ(step, zero, -8, 7)), fake_quantize(v.mT, LSQ(step, zero, -8, 7)).mT])
+
+    plain, native_ones = both_ways(quantized_heads, [whole, step, zero])
+    torch.testing.assert_close(native_ones, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_what_the_training_kernels_leave_to_torch(monkeypatch):
+    monkeypatch.setattr(_lsq, 'PIECE_BYTES', 1)
+    monkeypatch.setattr(_lsq, 'PIECE_BYTES_OF_KERNELS', 1)
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 5, dtype=torch.float64), torch.randn(4, 5)  # more precision than the steps have
+    x_step, zero, w_step = torch.rand(5) + .1, torch.randn(5), torch.rand(1) + .1  # one step for all of the weight
+    plain, native_ones = both_ways(lambda x, weight, x_step, zero, w_step: quantized_linear(
+        x, weight, LSQ(x_step, zero, -8, 7), LSQ(w_step, None, -8, 7)), [x, weight, x_step, zero, w_step])
+    torch.testing.assert_close(native_ones, plain)
+
+
+def test_the_gradient_of_a_gelu_of_nan_is_zero():
+    native_training.enable()
+    x, grad = torch.tensor([[torch.nan, -3e38, 1., torch.inf]]), torch.ones(1, 4)
+    native_training.backward_(grad, x, _grid(LSQ(torch.ones(1), torch.zeros(1), -8, 7), x), gelu=True)
+    assert grad[0, [0, 1, 3]].tolist() == [0., 0., 0.] and grad[0, 2] > 1
+
+
+def test_compiled_products_are_those_of_the_kernels():
+    native_training.enable()
+    torch.manual_seed(0)
+    lsq = [LSQ(torch.rand(size) * .2 + .1, torch.randn(size), -8, 7) for size in [(6,)] + [(3, 1, 1)] * 4]
+    weight, w_lsq = torch.randn(4, 6), LSQ(torch.rand(4, 1) + .1, None, -8, 7)
+
+    def linear(x, weight):
+        return quantized_linear(x.transpose(0, 1), weight, lsq[0], w_lsq, gelu=True)
+
+    def attention(x):
+        q, k, v = x.unflatten(-1, (3, 3, 2)).permute(2, 0, 3, 1, 4)
+        return quantized_attention(q, k, v, lsq[1:], 2 ** -.5)
+
+    for function, tensors in ((linear, [torch.randn(3, 2, 6), weight]), (attention, [torch.randn(2, 5, 18)])):
+        for tensor in tensors:
+            tensor.requires_grad_()
+        out = function(*tensors)
+        grad = torch.randn_like(out)
+        compiled = torch.compile(function, fullgraph=True, backend='aot_eager')(*tensors)
+        torch.testing.assert_close(compiled, out)
+        theirs = torch.autograd.grad(out, tensors, grad)
+        torch.testing.assert_close(torch.autograd.grad(compiled, tensors, grad), theirs)
+
+
 def test_gelu_and_softmax_of_the_training_kernels_are_accurate():
     """With a step of 2^-20 and codes up to 2^24, the codes show the values themselves."""
     native_training.enable()
     fine = LSQ(torch.tensor([2. ** -20]), torch.zeros(1), -2 ** 24, 2 ** 24)
     x = torch.cat([torch.linspace(-15, 12, 100001), torch.tensor([0., -0., 10., 9.9999])])[None]
-    y = native_training.steps(x, _grid(fine), gelu=True) * fine.step
+    y = native_training.steps(x, _grid(fine, x), gelu=True) * fine.step
     expected = F.gelu(x.double()).clamp(-10, 10)
     assert (y.double() - expected).abs().max() < 1.5e-6  # half a step, and 12 units of float32's last place at 1
     grad = torch.ones_like(x)
-    native_training.backward_(grad, x, _grid(fine), gelu=True)
+    native_training.backward_(grad, x, _grid(fine, x), gelu=True)
     slope = torch.ops.aten.gelu_backward(torch.ones_like(expected), x.double()) * (expected < 10)
     assert (grad.double() - slope).abs().max() < 1e-6
 
     torch.manual_seed(0)
     scores = torch.randn(2, 3, 33, 33) * torch.tensor([0.1, 3., 40.]).view(3, 1, 1)
     softmax = scores.clone()
-    steps = native_training.softmax_steps_(softmax, _grid(fine))
+    steps = native_training.softmax_steps_(softmax, _grid(fine, softmax))
     torch.testing.assert_close(softmax.double(), scores.double().softmax(-1), rtol=5e-6, atol=1e-30)
     assert (steps * fine.step - softmax).abs().max() <= 2. ** -21
     scores[0, 0, 0, 0] = torch.nan
-    native_training.softmax_steps_(scores, _grid(fine))
+    native_training.softmax_steps_(scores, _grid(fine, scores))
     assert scores[0, 0, 0].isnan().all() and scores.isnan().sum() == 33
 
 
