@@ -11,15 +11,27 @@
 
 namespace {
 
-// --- products: of matrices whose rows are `width` values, a multiple of LANES, 0 where there is no data --------------
+// --- products: of matrices whose rows are `width` values, `padded`, 0 where there is no data -------------------------
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, ROWS = 8;  // of a register; of a block of a product: with 3 vectors each, 24 of 32 registers
+#elif defined(__AVX__)
+constexpr int BYTES = 32, ROWS = 4;  // 12 of 16
+#else
+constexpr int BYTES = 16, ROWS = 4;
+#endif
 
 template <typename T>
 struct Vector {
-    typedef T type __attribute__((vector_size(64)));
-    static constexpr int LANES = 64 / sizeof(T);
+    typedef T type __attribute__((vector_size(BYTES)));
+    static constexpr int LANES = BYTES / sizeof(T);
 };
 
-constexpr int ROWS = 8;  // of a block of a product: with 3 vectors each, 24 of AVX-512's 32 registers
+template <typename T>
+constexpr int64_t padded(int64_t size) {
+    constexpr int64_t to = std::max(Vector<T>::LANES, ROWS);
+    return (size + to - 1) / to * to;
+}
 
 // ROWS x VECTORS vectors of left @ right. left[r, k] is at left[r * row + k * column]; right has `depth` rows.
 template <int VECTORS, typename T>
@@ -30,7 +42,7 @@ struct Block {
         for (int64_t k = 0; k < depth; ++k) {
             typename Vector<T>::type values[VECTORS];
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) std::memcpy(&values[v], right + k * width + v * Vector<T>::LANES, 64);
+            for (int v = 0; v < VECTORS; ++v) std::memcpy(&values[v], right + k * width + v * Vector<T>::LANES, BYTES);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
@@ -40,12 +52,12 @@ struct Block {
 
     inline void load(const T* from, int64_t width) {
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) std::memcpy(&sums[r][v], from + r * width + v * Vector<T>::LANES, 64);
+            for (int v = 0; v < VECTORS; ++v) std::memcpy(&sums[r][v], from + r * width + v * Vector<T>::LANES, BYTES);
     }
 
     inline void store(T* out, int64_t width) const {
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) std::memcpy(out + r * width + v * Vector<T>::LANES, &sums[r][v], 64);
+            for (int v = 0; v < VECTORS; ++v) std::memcpy(out + r * width + v * Vector<T>::LANES, &sums[r][v], BYTES);
     }
 };
 
@@ -112,18 +124,20 @@ T at_least(T x, T least) {  // NaN stays NaN
 // Memory for one pair of matrices: M and B, (tokens in whole blocks, width), and products of (width, width).
 template <typename T>
 struct Scratch {
+    static constexpr size_t ALIGNMENT = 64;
     int64_t width, rows, products;
     std::vector<T> memory;
     T *m, *b, *k, *x_t, *c, *of_m, *of_b, *rows_of_block;
 
     Scratch(int64_t tokens, int64_t size)
-        : width((size + Vector<T>::LANES - 1) / Vector<T>::LANES * Vector<T>::LANES),
+        : width(padded<T>(size)),
           rows((tokens + ROWS - 1) / ROWS * ROWS),
           products(width * width),
-          memory(2 * rows * width + 5 * products + ROWS * width + Vector<T>::LANES) {
+          memory(2 * rows * width + 5 * products + ROWS * width + ALIGNMENT / sizeof(T)) {
         void* aligned = memory.data();
         size_t space = memory.size() * sizeof(T);
-        m = static_cast<T*>(std::align(64, space - 64, aligned, space)), b = m + rows * width, k = b + rows * width;
+        m = static_cast<T*>(std::align(ALIGNMENT, space - ALIGNMENT, aligned, space));
+        b = m + rows * width, k = b + rows * width;
         x_t = k + products, c = x_t + products, of_m = c + products, of_b = of_m + products;
         rows_of_block = of_b + products;
     }
