@@ -161,11 +161,11 @@ def _step_gradients(sums: list[Tensor], q: _Grid, numel: int) -> tuple[Tensor, T
 
     dalpha = sum grad c - dx (p - z) and dz = sum (dx - grad) alpha, both times 1 / sqrt(numel * qp).
     """
-    scale = (numel * q.qp) ** -0.5
+    scale, dtype = (numel * q.qp) ** -0.5, q.step.dtype
     if q.zero is None:
-        return sums[0] * scale, None
+        return (sums[0] * scale).to(dtype), None
     terms, inside, grad = sums
-    return (terms + q.zero * inside) * scale, (inside - grad) * q.step * scale
+    return ((terms + q.zero * inside) * scale).to(dtype), ((inside - grad) * q.step * scale).to(dtype)
 
 
 def _zero_outside_(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
