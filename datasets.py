@@ -15,16 +15,13 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
-from torchvision.transforms import functional
 
 from utils import UserError
 
-OF_FILES = ('IMNET', 'INAT', 'INAT19')  # the data sets whose images are files
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 
 _BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -55,7 +52,7 @@ class ImageList(Dataset):
     Args:
         samples: (path, label) pairs, at least one.
         classes: name of each label.
-        transform: applied to the RGB image, which it reads itself where it has a method `read(path)`.
+        transform: applied to the RGB image.
         skip_unreadable: replace unreadable images (training) instead of raising (evaluation).
     """
 
@@ -77,11 +74,10 @@ class ImageList(Dataset):
         Raises:
             UserError: an unreadable image, where these are not skipped, or 50 of them in a row.
         """
-        read = getattr(self.transform, 'read', pil_loader)
         for offset in range(_MAX_UNREADABLE):
             path, label = self.samples[(index + offset) % len(self)]
             try:
-                image = read(path)
+                image = pil_loader(path)
             except Exception as error:  # decoders raise nearly anything on a damaged file
                 reason = ' '.join(f'{type(error).__name__}: {error}'.split())
             else:
@@ -160,40 +156,6 @@ class SeededSamples(Dataset):
             generator.set_state(states[2])
 
 
-class DraftedCrop(transforms.Compose):
-    """A training transform that takes its random crop as it reads the file, and decodes a JPEG no larger than needed.
-
-    A JPEG's blocks of 8 x 8 can be decoded to 4 x 4, 2 x 2 or 1 x 1 pixels (libjpeg's scaled DCT). The crop is drawn
-    on the size in the file, with the random numbers of `crop`; the smallest of these scales is taken at which it still
-    has the output's size. Where that is the full one, and in files of other formats, the result is that of `crop`.
-
-    Args:
-        crop: the random crop.
-        rest: the transforms after it.
-    """
-
-    def __init__(self, crop: RandomResizedCropAndInterpolation, rest: list[Callable]) -> None:
-        super().__init__(rest)
-        self.crop = crop
-
-    def read(self, path: str) -> Image.Image:
-        """The RGB crop of an image file, of the output's size."""
-        with open(path, 'rb') as file:
-            image = Image.open(file)
-            top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-            spare = min(height // self.crop.size[0], width // self.crop.size[1])
-            scale = next(scale for scale in (8, 4, 2, 1) if spare >= scale or scale == 1)
-            drafted = image.draft('RGB', (image.width // scale, image.height // scale)) if scale > 1 else None
-            image = image.convert('RGB')
-        mode = self.crop.interpolation
-        if isinstance(mode, (tuple, list)):
-            mode = random.choice(mode)
-        if drafted is None:
-            return functional.resized_crop(image, top, left, height, width, self.crop.size, mode)
-        box = [edge / scale for edge in (left, top, left + width, top + height)]  # not rounded, so nothing moves
-        return image.resize(self.crop.size[::-1], Image.Resampling[mode.name], box)
-
-
 def _fixed_crop(args: Any) -> list[Callable]:
     """The crop of evaluation: the middle of the resized image, or all of it for small sizes."""
     size = args.input_size
@@ -221,8 +183,7 @@ def build_transform(is_train: bool, args: Any) -> transforms.Compose:
     Args:
         is_train: with the random augmentations of training.
         args: the flags data_set, input_size, color_jitter, aa, train_interpolation, reprob, remode and recount;
-            random_resized_crop (True unless given), fast_decode (False unless given; see `DraftedCrop`) and
-            eval_crop_ratio (0.875 unless given).
+            random_resized_crop (True unless given) and eval_crop_ratio (0.875 unless given).
 
     Raises:
         UserError: an unknown interpolation, erasing mode or augmentation policy.
@@ -255,9 +216,6 @@ def build_transform(is_train: bool, args: Any) -> transforms.Compose:
     elif args.input_size <= _SMALL:
         whole = transforms.Resize(args.input_size, interpolation=_BICUBIC)
         transform.transforms[:1] = [whole, transforms.RandomCrop(args.input_size, padding=4)]
-    elif getattr(args, 'fast_decode', False) and args.data_set in OF_FILES:
-        crop, *rest = transform.transforms
-        return DraftedCrop(crop, rest)
     return transform
 
 

@@ -25,7 +25,6 @@ from datasets import DATASETS
 from engine import AMP_DTYPES
 from losses import DISTILLATION_TYPES
 from optim import build_optimizer
-from statistical_steps import WEIGHT_STEPS
 from utils import UserError, closest
 
 __all__ = ['DEFAULT_MODEL', 'DEFAULT_SIZE', 'check_args', 'get_args_parser', 'parse_args']
@@ -97,15 +96,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--momentum', default=0.9, type=float)
     add('--weight-decay', default=0.05, type=float)
     add('--step-lr-scale', default=1., type=float, help='learning rate of the steps and zero points, in units of --lr')
-    add('--weight-step', default='learned', choices=WEIGHT_STEPS, help="steps of the blocks' weights: learned, 2 "
-        'mean|w| / 2^(bits - 1) after every update, or the calibrated multiple of mean|w|')
     add('--oscillation-dampening', default=0., type=float, metavar='W',
         help='final weight of a loss that pulls weights to the centres of their codes')
     add('--oscillation-freezing', type=float, nargs='+', metavar='F', help='freeze weights whose codes go back and '
         'forth more often than this, in an average per update, e.g. 0.01; two values: at the start and at the end')
-    add('--confidence-annealing', type=float, nargs='+', metavar='RANGE', help='at the end of the run train only '
-        'weights this close to a border between codes, in steps, e.g. 0.1; a second value: the share of the run, else '
-        '0.1')
     add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
     add('--sched-on-updates', action='store_true', help='change the learning rate at every update, not every epoch')
     add('--lr', default=5e-4, type=float, help='at 512 images per update; scaled in proportion to them')
@@ -126,9 +120,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--smoothing', default=0., type=float, help='label smoothing')
     add('--train-interpolation', default='bicubic')
     add('--random-resized-crop', default=True, action=BooleanOptionalAction)
-    add('--fast-decode', action='store_true', help='decode JPEGs of training to 1/2, 1/4 or 1/8 of their size where '
-        'the random crop stays at least --input-size: only with --random-resized-crop, above 32 pixels, and with '
-        'IMNET, INAT, INAT19; not with --soft-labels')
     add('--repeated-aug', default=True, action=BooleanOptionalAction)
     add('--reprob', default=0.25, type=float, help='probability of random erasing')
     add('--remode', default='pixel')
@@ -228,9 +219,6 @@ def check_args(args: Namespace) -> None:
     frequencies = args.oscillation_freezing or [0.5]
     require(len(frequencies) <= 2 and all(0 < value < 1 for value in frequencies), '--oscillation-freezing '
             + ' '.join(map(str, frequencies)) + ': choose one value between 0 and 1, or two')
-    near, *share = args.confidence_annealing or [0.1]
-    require(len(share) <= 1 and 0 < near < 0.5 and all(0 < value <= 1 for value in share), '--confidence-annealing '
-            + ' '.join(map(str, [near, *share])) + ': choose a range between 0 and 0.5, and a share of the run up to 1')
     for name in ('num_classes', 'img_size'):
         require(name not in args.model_kwargs, f'--model-kwargs {name}: the class count follows from the data set, the '
                                                'image size from --input-size')

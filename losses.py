@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-import native_training
 from _lsq import cache_piece
 from stored_labels import SoftLabels
 from utils import UserError
@@ -224,11 +223,7 @@ class _GramDistance(torch.autograd.Function):
     def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
         # The gradient is computed here, while a piece of a and b is in the cache: it alone is kept.
         distance, grad = a.new_empty(a.shape[:-2]), a.new_empty(a.shape)
-        if native_training.enabled(a):
-            native_training.gram_distance(*(x.flatten(0, -4) for x in (a, b)), distance.flatten(0, -2),
-                                          grad.flatten(0, -4))
-        else:
-            _GramDistance._by_pieces(a, b, distance, grad)
+        _GramDistance._by_pieces(a, b, distance, grad)
         ctx.save_for_backward(grad)
         return distance
 

@@ -1,4 +1,4 @@
-"""C++ kernels of training on the CPU: the quantizers (`lsq_kernels.cpp`) and DGD (`dgd_kernels.cpp`).
+"""C++ kernels of training on the CPU: the quantizers (`lsq_kernels.cpp`).
 
 A quantizer is one pass forward and one backward where torch takes four to nine; GELU and softmax are fused with the
 quantizers behind them. The mathematics is that of `_lsq.py`, `_lsq_attention.py` and `losses.py`, which call the
@@ -21,13 +21,12 @@ from cpp_library import load
 if TYPE_CHECKING:
     from _lsq import _Grid
 
-__all__ = ['backward_', 'enable', 'enabled', 'gram_distance', 'is_on', 'opaque', 'softmax_backward_',
+__all__ = ['backward_', 'enable', 'enabled', 'is_on', 'opaque', 'softmax_backward_',
            'softmax_steps_', 'steps', 'takes', 'weight']
 
 FOLDER = Path(__file__).parent
 SOURCES = {  # with flags of the compiler
     'lsq_kernels.cpp': ['-ffp-contract=off'],  # what is fused is as in torch: the same positions and so codes
-    'dgd_kernels.cpp': ['-ffp-contract=fast'],
 }
 DTYPES = {torch.float32: 'float32', torch.float64: 'float64'}
 _functions: dict[tuple[str, torch.dtype], ctypes._CFuncPtr] = {}
@@ -44,7 +43,7 @@ def enable(on: bool = True) -> None:
     _on = False
     if not on:
         return
-    lsq, dgd = (load(FOLDER / source, ['-fopenmp', *flags]) for source, flags in SOURCES.items())
+    lsq, = (load(FOLDER / source, ['-fopenmp', *flags]) for source, flags in SOURCES.items())
     size, pointer, number, flag = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int
     grid = [pointer] * 2 + [size] + [number] * 4
     for library, name, arguments in (
@@ -52,8 +51,7 @@ def enable(on: bool = True) -> None:
             (lsq, 'lsq_weight', [pointer] * 4 + [size, *grid]),
             (lsq, 'lsq_backward', [pointer] * 3 + [size] * 6 + [flag, *grid]),
             (lsq, 'lsq_softmax', [pointer] * 3 + [size] * 2 + grid),
-            (lsq, 'lsq_softmax_backward', [pointer] * 3 + [size] * 2 + grid),
-            (dgd, 'dgd', ([pointer] + [size] * 3) * 2 + [pointer] * 2 + [size] * 4)):
+            (lsq, 'lsq_softmax_backward', [pointer] * 3 + [size] * 2 + grid)):
         for dtype, suffix in DTYPES.items():
             function = getattr(library, f'{name}_{suffix}')
             function.restype, function.argtypes = None, [*arguments, ctypes.c_int]  # the last: threads
@@ -173,17 +171,6 @@ def softmax_backward_(grad: Tensor, softmax: Tensor, q: _Grid) -> list[Tensor]:
     sums = softmax.new_zeros(threads, 3, channels)
     _call('lsq_softmax_backward', (grad, softmax, sums), (softmax.numel() // tokens, tokens), q, channels, threads)
     return _total(sums, q)
-
-
-def gram_distance(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
-    """Into `distance`, (B, H), that of the normalised Gram matrices of a and b, (B, H, N, d), and into `grad`,
-    (B, H, N, d), its gradient to a. Distance and gradient are contiguous; all are of one dtype."""
-    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
-    sizes = a.shape
-    if not sizes == b.shape == grad.shape or distance.shape != sizes[:2]:
-        raise ValueError(f'shapes {[list(x.shape) for x in (a, b, distance, grad)]} do not fit one another')
-    _functions['dgd', a.dtype](a.data_ptr(), *a.stride()[:3], b.data_ptr(), *b.stride()[:3], distance.data_ptr(),
-                               grad.data_ptr(), *sizes, max(1, min(torch.get_num_threads(), sizes[0] * sizes[1])))
 
 
 def _call(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], q: _Grid, channels: int,

@@ -13,10 +13,8 @@ from torch import nn
 
 from _quan_base import clamp_steps_
 from checkpoints import load_quantized
-from confidence import ConfidenceAnnealing
 from optim import build_optimizer
 from oscillation import Oscillations
-from statistical_steps import StatisticalSteps
 from utils import DivergedError, UserError, plain_args, rng_states, set_rng_state
 
 # Flags that the learning rate of an epoch follows from.
@@ -45,8 +43,6 @@ class Training:
         step: batches done of it. All of them: its evaluation is still due.
         max_accuracy: best top-1 so far, in percent; below 0 before the first evaluation.
         oscillations: of the weights; None where they are left to themselves.
-        statistical_steps: of the weights; None where steps are learned.
-        annealing: of the weights at the end of the run, if any.
         progress: share of the run that is done, in [0, 1], for what changes by the update.
         sched_on_updates: whether the learning rate does.
     """
@@ -61,8 +57,6 @@ class Training:
     step: int = 0
     max_accuracy: float = -1.
     oscillations: Oscillations | None = None
-    statistical_steps: StatisticalSteps | None = None
-    annealing: ConfidenceAnnealing | None = None
     progress: float = 0.
     sched_on_updates: bool = False
 
@@ -75,12 +69,8 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         clamp_steps_(self.model)
-        if self.statistical_steps is not None:
-            self.statistical_steps.set_()
         if self.oscillations is not None:
             self.oscillations.update(self.progress)
-        if self.annealing is not None:
-            self.annealing.update(self.progress)
         if self.ema is not None:
             self.ema.update(self.model)
         if self.sched_on_updates:
@@ -119,8 +109,6 @@ class Training:
             state['model_ema'] = self.ema.module.state_dict()
         if self.oscillations is not None:
             state['oscillations'] = self.oscillations.state_dict()
-        if self.statistical_steps is not None:
-            state['statistical_steps'] = self.statistical_steps.state_dict()
         return state
 
     def resume(self, checkpoint: dict[str, Any], args: Namespace) -> list[str]:
@@ -175,8 +163,6 @@ class Training:
         elif checkpoint.get('oscillations'):
             notes.append('oscillations: not taken without --oscillation-dampening or --oscillation-freezing, frozen '
                          'weights are free')
-        if self.statistical_steps is not None and checkpoint.get('statistical_steps'):
-            self.statistical_steps.load_state_dict(checkpoint['statistical_steps'])
         if len(checkpoint.get('rng', ())) == args.world_size:
             set_rng_state(checkpoint['rng'][args.rank], self.device)
         else:
@@ -207,9 +193,6 @@ def _changed(names: Iterable[str], saved: dict[str, Any], args: Namespace) -> li
 
 def build_training(args: Namespace, model: nn.Module, device: torch.device) -> Training:
     """The state at the start of `--start_epoch`, for a calibrated model on its device, not wrapped yet."""
-    steps = None if args.weight_step == 'learned' else StatisticalSteps(model, args.weight_step)
-    if steps is not None and not args.resume:  # a network that is resumed has them
-        steps.set_()
     optimizer = build_optimizer(Namespace(**vars(args) | {'lr': args.scaled_lr}), model)
     scheduler = build_scheduler(args, optimizer)
     ema_device = 'cpu' if args.model_ema_force_cpu else None
@@ -218,8 +201,7 @@ def build_training(args: Namespace, model: nn.Module, device: torch.device) -> T
     oscillations = None
     if args.oscillation_dampening or args.oscillation_freezing:
         oscillations = Oscillations(model, args.oscillation_dampening, args.oscillation_freezing)
-    annealing = ConfidenceAnnealing(model, *args.confidence_annealing) if args.confidence_annealing else None
     training = Training(model, optimizer, scheduler, scaler, ema, device, args.start_epoch, oscillations=oscillations,
-                        statistical_steps=steps, annealing=annealing, sched_on_updates=args.sched_on_updates)
+                        sched_on_updates=args.sched_on_updates)
     training.schedule_epoch()
     return training

@@ -34,12 +34,10 @@ import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
 from calibration import calibrate_to_full_precision  # noqa: E402
 from checkpoints import description, load_full_precision, read_checkpoint  # noqa: E402
-from confidence import ConfidenceAnnealing  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402
 from losses import DistillationLoss, Teacher  # noqa: E402
 from optim import build_optimizer  # noqa: E402
 from oscillation import Oscillations  # noqa: E402
-from statistical_steps import StatisticalSteps  # noqa: E402
 from stored_labels import SoftLabels, top_k  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -66,8 +64,6 @@ class Row:
     descent: tuple[int, ...] = ()
     dampening: float = 0.
     freezing: float | None = None
-    weight_step: str = 'learned'
-    confidence: float | None = None
     stored_classes: int | None = None
     kwargs: dict = field(default_factory=dict)
 
@@ -101,9 +97,6 @@ def _rows() -> dict[str, Row]:
         rows[f'{name}-steps-as-weights'] = ours(step_lr_scale=1.)
         rows[f'{name}-dampening'] = ours(dampening=0.1)
         rows[f'{name}-freezing'] = ours(freezing=0.02)
-        rows[f'{name}-statistics'] = ours(weight_step='statistics')
-        rows[f'{name}-proportional'] = ours(weight_step='proportional')
-        rows[f'{name}-confidence'] = ours(confidence=0.1)
         rows[f'{name}-long'] = ours(updates=450)
         if bits < 4:
             rows[f'{name}-descent'] = ours(descent=tuple(range(4, bits, -1)))
@@ -228,15 +221,10 @@ class Updates:
 
     def __init__(self, row: Row, student: nn.Module) -> None:
         self.row, self.student = row, student
-        self.oscillations = self.annealing = self.steps = None
+        self.oscillations = None
         if row.dampening or row.freezing is not None:
             freezing = None if row.freezing is None else [row.freezing]
             self.oscillations = Oscillations(student, row.dampening, freezing)
-        if row.weight_step != 'learned':
-            self.steps = StatisticalSteps(student, row.weight_step)
-            self.steps.set_()
-        if row.confidence is not None:
-            self.annealing = ConfidenceAnnealing(student, row.confidence)
         self.optimizer = build_optimizer(Namespace(
             opt='fusedlamb', lr=row.lr, weight_decay=0., momentum=0.9, opt_eps=None, opt_betas=None,
             step_lr_scale=row.step_lr_scale), student)
@@ -252,11 +240,8 @@ class Updates:
         self.optimizer.zero_grad()
         self.schedule.step()
         clamp_steps_(self.student)
-        if self.steps:
-            self.steps.set_()
-        for method in (self.oscillations, self.annealing):
-            if method:
-                method.update((update + 1) / self.row.updates)
+        if self.oscillations:
+            self.oscillations.update((update + 1) / self.row.updates)
 
 
 def fit(row: Row, student: nn.Module, stored: StoredTeacher, teacher: Teacher, train: Images,
@@ -309,7 +294,8 @@ def table(results: list[dict]) -> str:
              '| calibrated (%) | trained (%) |', '|---|--:|---|---|--:|--:|--:|--:|---|--:|--:|--:|']
     for name in dict.fromkeys(result['row'] for result in results):
         found = [result for result in results if result['row'] == name]
-        row = Row(**found[0]['settings'])
+        # The file also has rows of methods that were removed since: what it says of them is not in the table.
+        row = Row(**{key: value for key, value in found[0]['settings'].items() if key in Row.__dataclass_fields__})
         updates = row.updates * (1 + len(row.descent))
 
         def mean(key: str, found=found) -> str:

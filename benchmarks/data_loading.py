@@ -4,7 +4,7 @@
     python benchmarks/data_loading.py --data-path DIR --step-images-per-second 900
 
 All other flags are main.py's, with its defaults, DeiT's augmentation: --data-path, --batch-size, --input-size, --aa and
-so on; --fast-decode and --num-workers are what the rows differ in. Without --data-path, JPEGs of random colour fields
+so on; the rows differ in --num-workers. Without --data-path, JPEGs of random colour fields
 with noise are written to a temporary folder: what a decoder has to do depends on the size of the image and of the file,
 which the results state.
 
@@ -36,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import build  # noqa: E402
 import flags  # noqa: E402
 import utils  # noqa: E402
-from datasets import OF_FILES, SeededSamples, build_dataset  # noqa: E402
+from datasets import SeededSamples, build_dataset  # noqa: E402
 
 WARM_UP = 2  # batches
 DISTINCT = 32  # JPEGs, of which the others are copies
+OF_FILES = ('IMNET', 'INAT', 'INAT19')  # the data sets whose images are files
 ROUNDING = 256  # repeated augmentation leaves out up to so many images of an epoch
 
 
@@ -95,9 +96,9 @@ def images_per_second(args: argparse.Namespace, batches: int) -> float:
 
 def measure(own: argparse.Namespace, args: argparse.Namespace) -> list[dict]:
     """The rows of the table."""
-    rows = [{'workers': workers, 'fast_decode': fast, 'all': []} for workers in own.workers for fast in (False, True)]
+    rows = [{'workers': workers, 'all': []} for workers in own.workers]
     for row in rows * own.repeats:
-        args.num_workers, args.fast_decode = row['workers'], row['fast_decode']
+        args.num_workers = row['workers']
         row['all'].append(images_per_second(args, own.batches))
     for row in rows:
         row['images_per_second'] = statistics.median(row['all'])
@@ -119,11 +120,11 @@ def about_images(args: argparse.Namespace) -> str:
 def table(results: dict) -> str:
     """Markdown."""
     lines = [f'- {key}: {value}' for key, value in results.items() if key != 'rows'] + [
-        '', '| workers | --fast-decode | images/s | smallest to largest | of what a step takes |',
-        '|--:|---|--:|--:|--:|']
+        '', '| workers | images/s | smallest to largest | of what a step takes |',
+        '|--:|--:|--:|--:|']
     for row in results['rows']:
         of_the_step = f'{row["of_the_step"]:.2f}' if 'of_the_step' in row else ''
-        lines.append(f'| {row["workers"]} | {"yes" if row["fast_decode"] else "no"} | {row["images_per_second"]:.1f} | '
+        lines.append(f'| {row["workers"]} | {row["images_per_second"]:.1f} | '
                      f'{min(row["all"]):.1f} to {max(row["all"]):.1f} | {of_the_step} |')
     return '\n'.join(lines)
 

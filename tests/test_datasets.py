@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from datasets import DATASETS, ImageList, SeededSamples, build_dataset, build_transform
+from datasets import DATASETS, ImageList, build_dataset, build_transform
 from utils import UserError
 
 
@@ -220,60 +220,6 @@ def test_wrong_augmentation_flags(flag, value):
 
 
 # Draft decoding
-
-
-@pytest.fixture
-def photographs(tmp_path):
-    """JPEGs of random colour fields, large beside the 48 pixels of the flags, and a PNG of them."""
-    rng = np.random.default_rng(0)
-    for number, size in enumerate([(640, 480), (500, 375), (375, 500), (203, 331), (48, 60), (301, 299)] * 4):
-        fields = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-        noise = rng.normal(0, 6, (*size[::-1], 3))
-        pixels = np.asarray(Image.fromarray(fields).resize(size, Image.Resampling.BICUBIC)) + noise
-        path = tmp_path / 'train' / 'ant' / f'{number:02}.{"png" if number == 5 else "jpg"}'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-    return tmp_path
-
-
-def test_fast_decode_has_the_statistics_of_full_decoding(photographs, monkeypatch):
-    boxes, draw = [], RandomResizedCropAndInterpolation.get_params
-    monkeypatch.setattr(RandomResizedCropAndInterpolation, 'get_params',
-                        staticmethod(lambda *args: boxes.append(draw(*args)) or boxes[-1]))
-    plain, fast = [], []
-    for fast_decode, images in ((False, plain), (True, fast)):
-        changes = {'aa': 'none', 'color_jitter': 0.0, 'reprob': 0.0, 'train_interpolation': 'random'}
-        dataset, _ = build_dataset(True, flags(data_path=photographs, fast_decode=fast_decode, **changes))
-        images += [SeededSamples(dataset)[index, 100 + index][0].double() for index in range(24)]
-    assert boxes[:24] == boxes[24:]
-    plain, fast = torch.stack(plain), torch.stack(fast)
-    # In units of the normalized pixels, of which 1/255 is 0.017; moved by a pixel, every image gives 0.07 or more.
-    distances = (plain - fast).abs().mean((1, 2, 3))
-    assert distances.max() < 0.02 and distances.mean() < 0.01
-    assert torch.equal(plain[5], fast[5])  # no JPEG
-    assert sum(distances > 0) > 12
-    torch.testing.assert_close(fast.mean((0, 2, 3)), plain.mean((0, 2, 3)), atol=0.002, rtol=0)
-    torch.testing.assert_close(fast.std((0, 2, 3)), plain.std((0, 2, 3)), atol=0.004, rtol=0)
-
-
-@pytest.mark.parametrize(('height', 'width', 'decoded'), [
-    (95, 300, (640, 480)), (96, 300, (320, 240)), (300, 191, (320, 240)), (192, 192, (160, 120)), (400, 384, (80, 60)),
-])
-def test_fast_decode_takes_the_smallest_scale_that_suffices(photographs, monkeypatch, height, width, decoded):
-    box = 8, 16, height, width
-    monkeypatch.setattr(RandomResizedCropAndInterpolation, 'get_params', staticmethod(lambda *_: box))
-    convert, sizes = Image.Image.convert, []
-    monkeypatch.setattr(Image.Image, 'convert', lambda self, mode: sizes.append(self.size) or convert(self, mode))
-    transform = build_transform(True, flags(fast_decode=True))
-    crop = transform.read(photographs / 'train' / 'ant' / '00.jpg')
-    assert (sizes[0], crop.size) == (decoded, (48, 48))
-
-
-def test_fast_decode_is_of_random_crops_of_files_only():
-    assert hasattr(build_transform(True, flags(fast_decode=True)), 'read')
-    for is_train, changes in ((False, {}), (True, {'data_set': 'CIFAR'}), (True, {'data_set': 'DIGITS'}),
-                              (True, {'random_resized_crop': False}), (True, {'input_size': 32})):
-        assert not hasattr(build_transform(is_train, flags(fast_decode=True, **changes)), 'read')
 
 
 # Digits
