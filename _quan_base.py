@@ -13,10 +13,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from _lsq import LSQ, clipped_gelu, code_range, codes, fake_quantize, min_step, quantized_linear
+from ops.lsq import QParams, clipped_gelu, code_range, codes, fake_quantize, min_scale, quantized_linear
 
-__all__ = ['ActQ', 'Conv2dQ', 'LinearQ', 'Rule', 'UncalibratedError', 'block_weights', 'calibrate', 'clamp_steps_',
-           'first_batch_rule', 'is_calibrated', 'named_quantizers']
+__all__ = ['ActQ', 'Conv2dQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'block_weights', 'calibrate',
+           'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'min_scale', 'named_quantizers']
 
 SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
 
@@ -58,6 +58,11 @@ class _Calibrated(nn.Module):
     _rule: Rule | None = None  # set while `calibrate` waits for this quantizer's first input
 
     @property
+    def scale(self) -> Tensor:
+        """The scale in use, (channels,) or (1,): alpha, at least `min_scale`, without a gradient."""
+        return self.alpha.detach().clamp_min(min_scale(self.alpha.dtype))
+
+    @property
     def pending(self) -> bool:
         """Whether the next input, in training or within `calibrate`, is to initialise this quantizer."""
         return not self.calibrated or self._rule is not None
@@ -78,7 +83,7 @@ class _Calibrated(nn.Module):
         if not all(torch.isfinite(value).all() for value in (step, *zero_point)):
             raise ValueError(f'calibration met NaN or infinite values in {type(self).__name__}({self.extra_repr()}): '
                              f'check the images and the weights')
-        self.alpha.copy_(step.to(self.alpha.dtype).clamp_min(min_step(self.alpha.dtype)))
+        self.alpha.copy_(step.to(self.alpha.dtype).clamp_min(min_scale(self.alpha.dtype)))
         self.init_state.fill_(1)
         self.calibrated, self._rule = True, None
 
@@ -128,13 +133,18 @@ class ActQ(_Calibrated):
         """(qn, qp) of the calibrated quantizer."""
         return code_range(self.bits, self.signed_codes)
 
-    def lsq(self, x: Tensor) -> LSQ:
+    def qparams(self, x: Tensor) -> QParams:
         """The state to quantize x with; initialises it first where due, else only x's axes count."""
         rule = self._check_calibrated()
         if rule is not None:
             self._calibrate(x.detach(), rule)
         shape = (-1, 1, 1) if x.ndim == 4 else (-1,)
-        return LSQ(self.alpha.view(shape), self.zero_point.view(shape), *self.code_range)
+        return QParams(self.alpha.view(shape), self.zero_point.view(shape), *self.code_range)
+
+    @property
+    def whole_zero_point(self) -> Tensor:
+        """The zero point in use, (channels,) or (1,): rounded, without a gradient."""
+        return self.zero_point.detach().round()
 
     def _calibrate(self, x: Tensor, rule: Rule) -> None:
         channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1)
@@ -142,10 +152,10 @@ class ActQ(_Calibrated):
             channels = channels.reshape(1, -1)
         below = _mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype))
         signed = bool(below > 0)
-        self.set_steps(*self._by_rule(channels.to(self.alpha.dtype), *code_range(self.bits, signed), rule), signed)
+        self.set_qparams(*self._by_rule(channels.to(self.alpha.dtype), *code_range(self.bits, signed), rule), signed)
 
     @torch.no_grad()
-    def set_steps(self, step: Tensor, zero_point: Tensor, signed: bool) -> None:
+    def set_qparams(self, step: Tensor, zero_point: Tensor, signed: bool) -> None:
         """Calibrates by given values, broadcastable to the channels.
 
         Raises:
@@ -157,12 +167,12 @@ class ActQ(_Calibrated):
         self.signed.fill_(signed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.lsq(x))
+        return fake_quantize(x, self.qparams(x))
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
         """The integer codes of x, int32, in [qn, qp]; (code - round(zero_point)) * alpha is `forward`'s value."""
-        return codes(x, self.lsq(x))
+        return codes(x, self.qparams(x))
 
     def read_host_state(self) -> None:
         super().read_host_state()
@@ -198,15 +208,15 @@ class _WeightQuantized(_Calibrated):
         """(qn, qp) of the weight."""
         return code_range(self.weight_bits, signed=True)
 
-    def weight_lsq(self) -> LSQ:
+    def weight_qparams(self) -> QParams:
         """The state to quantize the weight with; initialises it first where that is due."""
         rule = self._check_calibrated()
         if rule is not None:
-            self.set_steps(self._by_rule(self.weight.detach().flatten(1), *self.code_range, rule)[0])
-        return LSQ(self.alpha.view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
+            self.set_qparams(self._by_rule(self.weight.detach().flatten(1), *self.code_range, rule)[0])
+        return QParams(self.alpha.view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
 
     @torch.no_grad()
-    def set_steps(self, step: Tensor) -> None:
+    def set_qparams(self, step: Tensor) -> None:
         """Calibrates the weight by given steps, broadcastable to the output channels.
 
         Raises:
@@ -217,7 +227,7 @@ class _WeightQuantized(_Calibrated):
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
         """w_hat, of the weight's shape, without a gradient."""
-        return fake_quantize(self.weight, self.weight_lsq())
+        return fake_quantize(self.weight, self.weight_qparams())
 
     def _weight_in_evaluation(self) -> Tensor | None:
         """w_hat as computed before, None where it is to be computed with the product."""
@@ -231,7 +241,7 @@ class _WeightQuantized(_Calibrated):
     @torch.no_grad()
     def to_int(self) -> Tensor:
         """The weight's integer codes, int32, in [qn, qp], of its shape; code * alpha is the quantized value."""
-        return codes(self.weight, self.weight_lsq())
+        return codes(self.weight, self.weight_qparams())
 
     def train(self, mode: bool = True):
         self._evaluated = None
@@ -257,8 +267,8 @@ class LinearQ(_WeightQuantized, nn.Linear):
         """With `gelu`, quantizes clipped_gelu(x), computed again in the backward instead of kept; hooks see x."""
         if x.ndim > 3:  # the channels of a linear layer are its last axis, also where ActQ would take axis 1
             return self(x.flatten(0, -2), gelu).unflatten(0, x.shape[:-1])
-        q = self.act.lsq(clipped_gelu(x.detach()) if gelu and self.act.pending else x)
-        return quantized_linear(x, self.weight, q, self.weight_lsq(), self.bias, self._weight_in_evaluation(), gelu)
+        q = self.act.qparams(clipped_gelu(x.detach()) if gelu and self.act.pending else x)
+        return quantized_linear(x, self.weight, q, self.weight_qparams(), self.bias, self._weight_in_evaluation(), gelu)
 
 
 class Conv2dQ(_WeightQuantized, nn.Conv2d):
@@ -271,7 +281,7 @@ class Conv2dQ(_WeightQuantized, nn.Conv2d):
         self._add_quantizers(self.in_channels, weight_bits, act_bits, act_granularity)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, qw = self.act.lsq(x), self.weight_lsq()
+        q, qw = self.act.qparams(x), self.weight_qparams()
         if self._takes_patches(x):
             return self._forward_patches(x, q, qw)
         w_hat = None if torch.is_grad_enabled() else self._weight_in_evaluation()
@@ -284,14 +294,14 @@ class Conv2dQ(_WeightQuantized, nn.Conv2d):
         whole = all(n % k == 0 for n, k in zip(x.shape[-2:], self.kernel_size, strict=True))
         return tiled and whole and self.groups == 1
 
-    def _forward_patches(self, x: Tensor, q: LSQ, qw: LSQ) -> Tensor:
+    def _forward_patches(self, x: Tensor, q: QParams, qw: QParams) -> Tensor:
         """The convolution as a linear layer of flattened patches: its backward is several times faster on a CPU."""
         (h, w), filters = self.kernel_size, self.weight.flatten(1)
         patches = x.unflatten(3, (-1, w)).unflatten(2, (-1, h))    # (B, C, H', h, W', w)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)     # (B, H', W', C h w)
-        q = LSQ(*(value.expand(x.shape[1], h, w).flatten() for value in (q.step, q.zero)), q.qn, q.qp)
+        q = QParams(*(value.expand(x.shape[1], h, w).flatten() for value in (q.step, q.zero)), q.qn, q.qp)
         w_hat = self._weight_in_evaluation()
-        out = quantized_linear(patches, filters, q, LSQ(qw.step.flatten(1), None, qw.qn, qw.qp), self.bias,
+        out = quantized_linear(patches, filters, q, QParams(qw.step.flatten(1), None, qw.qn, qw.qp), self.bias,
                                None if w_hat is None else w_hat.flatten(1))
         return out.permute(0, 3, 1, 2)
 
@@ -364,4 +374,4 @@ def clamp_steps_(model: nn.Module) -> None:
     """
     steps = [quantizer.alpha for _, quantizer in named_quantizers(model)]
     if steps:
-        torch._foreach_clamp_min_(steps, min_step(steps[0].dtype))
+        torch._foreach_clamp_min_(steps, min_scale(steps[0].dtype))

@@ -37,9 +37,10 @@ from typing import Any
 
 import torch.nn as nn
 
-from build import build_student
-from checkpoints import create_from_checkpoint, load_quantized, read_checkpoint
-from precision import FULL_PRECISION_BITS, Product, TensorUse, analyse, manifest
+from analysis.precision import FULL_PRECISION_BITS, Product, TensorUse, analyse, manifest
+from checkpoints.files import read_checkpoint
+from checkpoints.networks import create_from_checkpoint, load_quantized
+from training.networks import build_student
 from utils import UserError, report
 
 __all__ = ['Size', 'bops', 'countings', 'layers', 'ops', 'render', 'summary', 'theoretical_size', 'write_text']

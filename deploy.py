@@ -28,16 +28,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets.folder import pil_loader
 
-import deploy_bench
 import models  # noqa: F401  (registers full-precision networks)
 import quant_vision_transformer  # noqa: F401  (registers the quantized ones)
-from build import build_eval_loader
-from checkpoints import create_from_checkpoint, description, read_checkpoint
+from benchmarks import inference as deploy_bench
+from checkpoints.files import read_checkpoint
+from checkpoints.networks import create_from_checkpoint, model_info
+from checkpoints.packed import PackedFile, is_packed, read_packed, unpack_codes, write_packed
 from datasets import DATASETS, build_dataset, build_transform
+from deployment.integer import IntegerViT
 from engine import evaluate
-from integer import IntegerViT
-from packing import PackedFile, is_packed, read_packed, unpack_codes, write_packed
 from quant_vision_transformer import QVisionTransformer
+from training.data import build_eval_loader
 from utils import Parser, UserError, closest, report
 
 SUFFIX = '.safetensors'
@@ -83,7 +84,7 @@ def _describe(checkpoint: dict, model: str) -> dict[str, Any]:
     if head is None or positions is None or filters is None:
         raise UserError('the checkpoint holds no vision transformer: head, position or patch embedding is missing')
     side = round((positions.shape[1] - 2) ** 0.5)  # 2: the class and the distillation token
-    return description(model, {}, len(head), side * filters.shape[-1])
+    return model_info(model, {}, len(head), side * filters.shape[-1])
 
 
 def load_quantized_network(path: str, model: str | None = None) -> tuple[dict[str, Any], QVisionTransformer]:
@@ -108,7 +109,7 @@ def build_predictor(model: QVisionTransformer, args: Namespace) -> Callable[[Ten
     network = IntegerViT(model, TERMS[arithmetic])
     if backend == 'torch':
         return network
-    import native  # needs a compiler, and nothing else here does
+    from deployment import native  # needs a compiler, and nothing else here does
 
     if backend == 'auto':
         return native.fastest(network)
@@ -287,7 +288,7 @@ def run_predict(args: Namespace) -> None:
 
 
 def run_onnx(args: Namespace) -> None:
-    from onnx_export import export_onnx  # needs onnx, and nothing else here does
+    from deployment.onnx_export import export_onnx  # needs onnx, and nothing else here does
 
     about, model = load(args.file)
     if isinstance(model, QVisionTransformer):

@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoints import write_checkpoint
-from diagnostics import Diagnostics, warning_lines
-from losses import DistillationLoss, Teacher
-from model_card import write_model_card
+from analysis.model_card import write_model_card
+from checkpoints.files import write_checkpoint
+from losses import DistillationLoss
+from models import Teacher
 from samplers import ResumableSampler
-from training import Training
+from training.diagnostics import Diagnostics, warning_lines
+from training.state import Training
 from utils import DivergedError, MetricLogger, StopRequest, any_rank, keep_log_before
 
 AMP_DTYPES = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}

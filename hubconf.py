@@ -20,8 +20,11 @@ from typing import Any as _Any
 dependencies = ['numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'yaml']
 
 _FOLDER = _Path(__file__).resolve().parent
-_NAMES = sorted(path.stem for path in _FOLDER.glob('*.py') if path.name != 'hubconf.py')
-_KEPT = ('_lsq', '_lsq_attention', '_quan_base', 'quant_vision_transformer')
+_TOP = {path.stem for path in _FOLDER.glob('*.py') if path.name != 'hubconf.py'} | {
+    path.parent.name for path in _FOLDER.glob('*/__init__.py')}
+_NAMES = sorted(_TOP | {'.'.join(path.relative_to(_FOLDER).with_suffix('').parts)
+                        for top in _TOP for path in (_FOLDER / top).glob('**/*.py') if path.name != '__init__.py'})
+_KEPT = ('ops', 'ops.lsq', 'ops.attention', 'ops.cpu', 'ops.cpp_library', '_quan_base', 'quant_vision_transformer')
 
 
 @_contextmanager
@@ -49,14 +52,15 @@ def _own_modules() -> _Iterator[None]:
 
 def _is_own(module: _Any) -> bool:
     file = getattr(module, '__file__', None)
-    return file is not None and _Path(file).resolve().parent == _FOLDER
+    return file is not None and _FOLDER in _Path(file).resolve().parents
 
 
 def _load(name: str, checkpoint: str | None, pretrained: bool, options: dict[str, _Any]) -> _Any:
     from timm import create_model
 
     from _quan_base import is_calibrated
-    from checkpoints import create_from_checkpoint, load_quantized, read_checkpoint
+    from checkpoints.files import read_checkpoint
+    from checkpoints.networks import create_from_checkpoint, load_quantized
     from utils import UserError
 
     if checkpoint is None:

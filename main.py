@@ -17,15 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import build
-import native_training
 import utils
 from _quan_base import is_calibrated
-from checkpoints import description, load_full_precision, load_quantized, read_checkpoint, write_checkpoint
-from cpp_library import NativeUnavailable
+from checkpoints.files import read_checkpoint, write_checkpoint
+from checkpoints.full_precision import load_full_precision
+from checkpoints.networks import load_quantized, model_info
 from engine import evaluate_and_say, fit
-from flags import DEFAULT_MODEL, DEFAULT_SIZE, check_args, parse_args
-from training import build_training
+from ops import cpu as native_training
+from ops.cpp_library import NativeUnavailable
+from training import data, networks
+from training.flags import DEFAULT_MODEL, DEFAULT_SIZE, check_args, parse_args
+from training.state import build_training
 from utils import DivergedError, UserError
 
 
@@ -101,14 +103,14 @@ def run_evaluation(args: Namespace) -> None:
     about = checkpoint.get('qvit', {})
     head = checkpoint.get('model', checkpoint).get('head.weight')
     args.nb_classes = about.get('num_classes', None if head is None else len(head))
-    _, dataset, num_classes = build.build_datasets(args)
+    _, dataset, num_classes = data.build_datasets(args)
     if about.get('classes') not in (None, list(dataset.classes)):
         print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
-    model = build.build_student(args, num_classes)
+    model = networks.build_student(args, num_classes)
     load_quantized(model, checkpoint)
     if not is_calibrated(model):
         raise UserError(f'{args.resume} holds quantizers without steps: train it first')
-    loader = build.build_eval_loader(args, dataset)
+    loader = data.build_eval_loader(args, dataset)
     evaluate_and_say('test', model.to(device), loader, device, args)
     if args.model_ema and 'model_ema' in checkpoint:
         load_quantized(model, {'model': checkpoint['model_ema']})
@@ -121,41 +123,41 @@ def load_finetune(args: Namespace, model: nn.Module) -> None:
 
 
 def run_post_training_quantization(args: Namespace, device: torch.device) -> None:
-    dataset_train, dataset_val, num_classes = build.build_datasets(args)
+    dataset_train, dataset_val, num_classes = data.build_datasets(args)
     utils.seed_everything(args.seed)  # of heads that start anew
-    model = build.build_student(args, num_classes)
+    model = networks.build_student(args, num_classes)
     load_finetune(args, model)
-    build.calibrate_student(args, model.to(device), dataset_train)
+    networks.calibrate_student(args, model.to(device), dataset_train)
     if args.output_dir and args.rank == 0:
-        about = description(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_val.classes),
+        about = model_info(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_val.classes),
                             args.data_set)
         state = {'model': model.state_dict(), 'epoch': -1, 'args': utils.plain_args(args), 'qvit': about}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_checkpoint(state, Path(args.output_dir) / 'calibrated.pth')
-    evaluate_and_say('test', model, build.build_eval_loader(args, dataset_val), device, args)
+    evaluate_and_say('test', model, data.build_eval_loader(args, dataset_val), device, args)
 
 
 def run_training(args: Namespace) -> None:
     device, checkpoint = prepare(args)
     # cuDNN's faster backward of the patch embedding adds in another order every time: no run could be resumed exactly.
     torch.backends.cudnn.deterministic = True
-    dataset_train, dataset_val, num_classes = build.build_datasets(args)
-    loader, sampler = build.build_train_loader(args, dataset_train)
+    dataset_train, dataset_val, num_classes = data.build_datasets(args)
+    loader, sampler = data.build_train_loader(args, dataset_train)
 
     utils.seed_everything(args.seed)  # alike on all ranks
-    model = build.build_student(args, num_classes)
+    model = networks.build_student(args, num_classes)
     if checkpoint:
         load_quantized(model, checkpoint)
     elif args.finetune:
         load_finetune(args, model)
     model.to(device)
-    teacher = build.build_teacher(args, num_classes)
-    criterion = build.build_criterion(args, model, teacher if teacher is None else teacher.to(device))
+    teacher = networks.build_teacher(args, num_classes)
+    criterion = networks.build_criterion(args, model, teacher if teacher is None else teacher.to(device))
     utils.seed_everything(args.seed + args.rank)
     if not is_calibrated(model):
-        build.calibrate_student(args, model, dataset_train, sampler)
+        networks.calibrate_student(args, model, dataset_train, sampler)
     training = build_training(args, model, device)
-    network = build.wrap(args, model, device)  # now, with the parameters that are trained
+    network = networks.wrap(args, model, device)  # now, with the parameters that are trained
     args.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f'number of params: {args.n_parameters}')
     if checkpoint:
@@ -164,11 +166,11 @@ def run_training(args: Namespace) -> None:
         done = training.epoch >= args.epochs + args.cooldown_epochs
         print(f'{args.resume}: ' + (f'all {training.epoch} epochs are done, a larger --epochs would go on' if done else
                                     f'continuing at epoch {training.epoch}, batch {training.step}'))
-    about = description(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_train.classes),
+    about = model_info(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_train.classes),
                         args.data_set)
     with utils.StopRequest() as stop:
-        fit(network, training, criterion, loader, sampler, build.build_eval_loader(args, dataset_val),
-            build.build_mixup(args, num_classes), args, about, stop)
+        fit(network, training, criterion, loader, sampler, data.build_eval_loader(args, dataset_val),
+            data.build_mixup(args, num_classes), args, about, stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

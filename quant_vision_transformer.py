@@ -25,11 +25,11 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import native_training
-from _lsq import clipped_gelu
-from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
-from checkpoints import adapt_full_precision
+from checkpoints.full_precision import adapt_full_precision
+from ops import cpu as native_training
+from ops.attention import quantized_attention
+from ops.lsq import clipped_gelu
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QuantConfig']  # and every variant
 
@@ -111,8 +111,8 @@ class QAttention(nn.Module):
         if self.attn_act.pending:  # its first input, which quantized_attention keeps to itself
             with torch.no_grad():  # nothing is kept, so that a checkpointed block can be computed again without this
                 attn = (self.q_act(q) @ self.k_act(k).mT * self.scale).softmax(dim=-1)
-                self.attn_act.lsq(attn if dropout is None else attn * dropout)
-        quantizers = self.q_act.lsq(q), self.k_act.lsq(k), self.v_act.lsq(v), self.attn_act.lsq(q)
+                self.attn_act.qparams(attn if dropout is None else attn * dropout)
+        quantizers = self.q_act.qparams(q), self.k_act.qparams(k), self.v_act.qparams(v), self.attn_act.qparams(q)
         return quantized_attention(q, k, v, quantizers, self.scale, dropout)
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
-import build
 import utils
 from datasets import DATASETS, SeededSamples, build_dataset
-from flags import DEFAULT_SIZE, get_args_parser
-from losses import Teacher
-from stored_labels import StoredLabels, fingerprint, raw_image, take_crop, top_k
+from models import Teacher
+from training import networks
+from training.flags import DEFAULT_SIZE, get_args_parser
+from training.methods.stored_labels import StoredLabels, fingerprint, raw_image, take_crop, top_k
 from utils import UserError
 
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f'--top-k {args.top_k}: {args.data_set} has {num_classes} classes')
         if not Path(args.output).parent.is_dir():
             raise UserError(f'--output {args.output}: there is no such folder')
-        teacher = Teacher(build.build_teacher(args, num_classes).to(args.device), return_qk=False)
+        teacher = Teacher(networks.build_teacher(args, num_classes).to(args.device), return_qk=False)
         labels = label_crops(teacher, dataset, args)
         labels.write(args.output)
     except UserError as error:

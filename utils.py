@@ -12,10 +12,11 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import timm
@@ -23,6 +24,8 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
+
+T = TypeVar('T')
 
 
 class UserError(ValueError):
@@ -91,7 +94,36 @@ def config_flags(parser: ArgumentParser, path: str) -> list[str]:
     return flags
 
 
+# --- values and files -------------------------------------------------------------------------------------------------
+
+
+def pick(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass `kind` with those of the values that have the names of its fields."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+
+
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` write a file beside `path` and renames it, so that `path` is always a whole file.
+
+    Raises:
+        OSError: as writing or renaming raises it; what was at `path` before is still there.
+    """
+    path = Path(path)
+    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 # --- distributed runs -------------------------------------------------------------------------------------------------
+
+
+class Ranks(NamedTuple):
+    """This process' number among those of a run, and how many they are."""
+    rank: int = 0
+    world_size: int = 1
 
 
 def launched_as() -> tuple[int, int, int, int]:

@@ -17,15 +17,16 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-import build
-import inspection
 import models  # noqa: F401  (registers the teachers)
 import quant_vision_transformer  # noqa: F401  (registers the students)
 import utils
 from _quan_base import is_calibrated
-from checkpoints import load_quantized, read_checkpoint
+from analysis import inspection
+from checkpoints.files import read_checkpoint
+from checkpoints.networks import load_quantized
 from datasets import DATASETS, ImageList, build_dataset, build_transform
 from main import check_args, parse_args, resolve
+from training import networks
 from utils import Parser, UserError
 
 COMMANDS = {  # name: (summary, example, images of a data set unless said otherwise)
@@ -126,7 +127,7 @@ def load_network(args: Namespace) -> nn.Module:
     resolve(args, checkpoint)
     about, head = checkpoint.get('qvit', {}), checkpoint.get('model', checkpoint).get('head.weight')
     args.nb_classes = about.get('num_classes', 0 if head is None else len(head))
-    model = build.build_student(args, args.nb_classes)
+    model = networks.build_student(args, args.nb_classes)
     load_quantized(model, checkpoint)
     if not is_calibrated(model):
         raise UserError(f'{args.resume} holds quantizers without steps: train it first')
@@ -138,7 +139,7 @@ def load_teacher(args: Namespace) -> nn.Module | None:
     if not (args.teacher_path or args.teacher_model):
         return None
     args.distillation_type = 'hard'  # any that has a teacher
-    return build.build_teacher(args, args.nb_classes).eval()
+    return networks.build_teacher(args, args.nb_classes).eval()
 
 
 def load_images(args: Namespace) -> Tensor:
@@ -260,7 +261,7 @@ def draw_curves(args: Namespace, figures: ModuleType) -> None:
 def import_figures() -> ModuleType:
     """`figures.py`, which needs matplotlib; nothing else here does."""
     try:
-        import figures
+        from analysis import figures
     except ModuleNotFoundError as error:
         if (error.name or '').partition('.')[0] != 'matplotlib':
             raise

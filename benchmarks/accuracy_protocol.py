@@ -32,13 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
-from calibration import calibrate_to_full_precision  # noqa: E402
-from checkpoints import description, load_full_precision, read_checkpoint  # noqa: E402
+from calibration.closed_form import calibrate_to_full_precision  # noqa: E402
+from checkpoints.files import read_checkpoint  # noqa: E402
+from checkpoints.full_precision import load_full_precision  # noqa: E402
+from checkpoints.networks import model_info  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402
-from losses import DistillationLoss, Teacher  # noqa: E402
-from optim import build_optimizer  # noqa: E402
-from oscillation import Oscillations  # noqa: E402
-from stored_labels import SoftLabels, top_k  # noqa: E402
+from losses import DistillationLoss  # noqa: E402
+from models import Teacher  # noqa: E402
+from training.methods.oscillation import Oscillations  # noqa: E402
+from training.methods.stored_labels import SoftLabels, top_k  # noqa: E402
+from training.optimizer import build_optimizer  # noqa: E402
 from utils import UserError  # noqa: E402
 
 BITS = {2: 'twobits', 3: 'threebits', 4: 'fourbits'}
@@ -211,7 +214,7 @@ def run_row(row: Row, seed: int, stored: StoredTeacher, weights: dict, train: Im
         training_s += time.perf_counter() - begun
         trained = top1(student, val, amp)
         print(f'  {stage.bits} bits trained: {trained:.1f} %', flush=True)
-        start = {'model': student.state_dict(), 'qvit': description(name, row.kwargs, student.num_classes, 224)}
+        start = {'model': student.state_dict(), 'qvit': model_info(name, row.kwargs, student.num_classes, 224)}
     return {'calibrated': calibrated, 'calibration_s': round(calibration_s, 1), 'training_s': round(training_s, 1),
             'trained': trained}
 

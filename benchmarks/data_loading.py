@@ -33,10 +33,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import build  # noqa: E402
-import flags  # noqa: E402
 import utils  # noqa: E402
 from datasets import SeededSamples, build_dataset  # noqa: E402
+from training import (
+    build,  # noqa: E402
+    flags,  # noqa: E402
+)
 
 WARM_UP = 2  # batches
 DISTINCT = 32  # JPEGs, of which the others are copies

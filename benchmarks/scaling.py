@@ -37,12 +37,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import native_training  # noqa: E402
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
-from build import wrap  # noqa: E402
-from cpp_library import NativeUnavailable  # noqa: E402
-from optim import build_optimizer  # noqa: E402
+from ops import cpu as native_training  # noqa: E402
+from ops.cpp_library import NativeUnavailable  # noqa: E402
+from training.networks import wrap
+from training.optimizer import build_optimizer  # noqa: E402
 from utils import keep_freed_memory  # noqa: E402
 
 WARM_UP = 2  # updates

@@ -46,12 +46,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import native_training  # noqa: E402
 from _quan_base import calibrate, clamp_steps_  # noqa: E402
-from cpp_library import NativeUnavailable  # noqa: E402
-from losses import DistillationLoss, Teacher, distribution_guided_distillation  # noqa: E402
-from optim import build_optimizer  # noqa: E402
+from losses import DistillationLoss, distribution_guided_distillation  # noqa: E402
+from models import Teacher  # noqa: E402
+from ops import cpu as native_training  # noqa: E402
+from ops.cpp_library import NativeUnavailable  # noqa: E402
 from quant_vision_transformer import BITS, SIZES  # noqa: E402
+from training.optimizer import build_optimizer  # noqa: E402
 from utils import keep_freed_memory  # noqa: E402
 
 VARIANTS = {f'{bits}_deit_{size}_patch16_224': f'deit_{size}_distilled_patch16_224' for bits in BITS for size in SIZES}

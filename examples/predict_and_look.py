@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: E402, F401  registers the full-precision networks
 import quant_vision_transformer  # noqa: E402, F401  registers the quantized ones
-from checkpoints import create_from_checkpoint, load_quantized, read_checkpoint  # noqa: E402
+from analysis.inspection import class_token_maps  # noqa: E402
+from checkpoints.files import read_checkpoint  # noqa: E402
+from checkpoints.networks import create_from_checkpoint, load_quantized  # noqa: E402
 from datasets import ImageList, build_transform  # noqa: E402
-from inspection import class_token_maps  # noqa: E402
 from utils import UserError, report  # noqa: E402
 from visualize import import_figures, to_pictures  # noqa: E402
 

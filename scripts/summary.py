@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import LinearQ, named_quantizers  # noqa: E402
-from checkpoints import create_from_checkpoint, read_checkpoint  # noqa: E402
+from checkpoints.files import read_checkpoint  # noqa: E402
+from checkpoints.networks import create_from_checkpoint  # noqa: E402
 
 
 def summary(folder: Path) -> str:

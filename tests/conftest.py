@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import TINY, run
 
-import native_training
+from ops import cpu as native_training
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ import torch
 
 import engine
 import main
-from checkpoints import write_checkpoint
+from checkpoints.files import write_checkpoint
 
 ROOT = Path(main.__file__).parent
+SHARED = ROOT.parent / 'shared'  # real images and weights, which tests do without where they are absent
 SHAPE = ('--model-kwargs', 'embed_dim=24', 'depth=2', 'num_heads=2', 'patch_size=8')
 # 11 batches an epoch.
 TINY = (*SHAPE, '--input-size', '16', '--batch-size', '128', '--num_workers', '0', '--device', 'cpu', '--opt',

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import _lsq
 from _quan_base import ActQ, Conv2dQ, LinearQ, calibrate
+from ops import lsq as _lsq
 from quant_vision_transformer import QAttention, QBlock, QMlp, QuantConfig
 
 pytestmark = pytest.mark.usefixtures('kernels')

@@ -14,8 +14,8 @@ import cost
 import models  # noqa: F401  registers the aliases
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import ActQ, calibrate, named_quantizers
+from analysis.precision import Product, analyse, manifest
 from cost import bops, countings, layers, ops, summary, theoretical_size
-from precision import Product, analyse, manifest
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -205,9 +205,9 @@ def test_activations_have_the_sizes_of_a_real_forward():
     model, images = create().eval(), torch.randn(1, 3, 48, 48)
     calibrate(model, images)
     elements, names = {}, {module: name for name, module in model.named_modules()}
-    lsq = ActQ.lsq
+    lsq = ActQ.qparams
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ActQ, 'lsq', lambda self, x: elements.update({names[self]: x.numel()}) or lsq(self, x))
+        patch.setattr(ActQ, 'qparams', lambda self, x: elements.update({names[self]: x.numel()}) or lsq(self, x))
         model(images)
     listed = {tensor.quantizer: tensor for tensor in analyse(model)[0] if tensor.quantizer and not tensor.parameter}
     assert set(elements) == set(listed)

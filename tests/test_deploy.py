@@ -10,24 +10,27 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import SHARED
 from PIL import Image
 from timm.data import ImageNetInfo
 
 import deploy
-import deploy_bench
 import main
 from _quan_base import calibrate
-from checkpoints import create_from_checkpoint, description, load_full_precision, read_checkpoint
+from benchmarks import inference as deploy_bench
+from benchmarks.contenders import CONTENDERS
+from checkpoints.files import read_checkpoint
+from checkpoints.full_precision import load_full_precision
+from checkpoints.networks import create_from_checkpoint, model_info
+from checkpoints.packed import read_packed
 from datasets import Digits, build_transform
-from deploy_contenders import CONTENDERS
-from integer import IntegerViT
-from native import NativeUnavailable, NativeViT
-from packing import read_packed
+from deployment.integer import IntegerViT
+from deployment.native import NativeUnavailable, NativeViT
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 NAME = 'fourbits_deit_tiny_patch16_224'
 KWARGS = {'depth': 2, 'patch_size': 8, 'embed_dim': 128, 'num_heads': 2}
-DATA = Path(__file__).parents[2] / 'shared' / 'data'
+DATA = SHARED / 'data'
 DEIT, PHOTOGRAPHS = DATA / 'deit_tiny_patch16_224-fp16.pth', DATA / 'imagenet-mini'
 TRANSFORM = build_transform(False, Namespace(data_set='DIGITS', input_size=32))
 BATCH = ('--num_workers', 0, '--batch-size', 100)
@@ -58,7 +61,7 @@ def folder(tmp_path_factory) -> Path:
     """checkpoint.pth, and checkpoint.qvit.safetensors of it."""
     path = tmp_path_factory.mktemp('deploy')
     torch.set_num_threads(1)
-    torch.save({'model': fitted().state_dict(), 'qvit': description(NAME, KWARGS, 10, 32, Digits.classes, 'DIGITS')},
+    torch.save({'model': fitted().state_dict(), 'qvit': model_info(NAME, KWARGS, 10, 32, Digits.classes, 'DIGITS')},
                path / 'checkpoint.pth')
     assert run('pack', path / 'checkpoint.pth') == 0
     return path
@@ -364,7 +367,7 @@ def test_refused_in_one_line(flags, line, folder, packed, tmp_path, monkeypatch,
     (tmp_path / 'photographs' / 'val' / 'a').mkdir(parents=True)
     if 'teacher' in flags:
         teacher = timm.create_model('deit_tiny_patch16_224', num_classes=10, img_size=32, **KWARGS)
-        torch.save({'model': teacher.state_dict(), 'qvit': description('deit_tiny_patch16_224', KWARGS, 10, 32)},
+        torch.save({'model': teacher.state_dict(), 'qvit': model_info('deit_tiny_patch16_224', KWARGS, 10, 32)},
                    'teacher.pth')
     assert run(*flags.split()) == 2
     said = capsys.readouterr()
@@ -386,7 +389,7 @@ def test_a_calibrated_deit_on_photographs(tmp_path, capsys):
     load_full_precision(model, read_checkpoint(DEIT))
     calibrate(model, images)
     classes = sorted(path.name for path in (PHOTOGRAPHS / 'train').iterdir())
-    checkpoint = {'model': model.state_dict(), 'qvit': description(NAME, kwargs, 1000, 224, classes, 'IMNET')}
+    checkpoint = {'model': model.state_dict(), 'qvit': model_info(NAME, kwargs, 1000, 224, classes, 'IMNET')}
     torch.save(checkpoint, tmp_path / 'checkpoint.pth')
     assert run('pack', tmp_path / 'checkpoint.pth') == 0
     packed = tmp_path / 'checkpoint.qvit.safetensors'

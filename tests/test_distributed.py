@@ -13,8 +13,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import main
 import utils
-from checkpoints import read_checkpoint
-from training import Training
+from checkpoints.files import read_checkpoint
+from training.state import Training
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BATCHES = 5  # of an epoch on each rank

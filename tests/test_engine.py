@@ -13,11 +13,11 @@ from helpers import TINY, run
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import build
 import main
-from checkpoints import read_checkpoint
+from checkpoints.files import read_checkpoint
 from engine import evaluate, train_one_epoch
-from training import Training, build_training
+from training import data, networks
+from training.state import Training, build_training
 from utils import DivergedError, MetricLogger, SmoothedValue, StopRequest
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -37,10 +37,10 @@ def small(*flags):
 def trained(*flags, batch_size=4, mixup=False):
     args, model, images, labels = small(*flags)
     training = build_training(args, model, CPU)
-    criterion = build.build_criterion(args, model, None)
+    criterion = networks.build_criterion(args, model, None)
     loader = DataLoader(TensorDataset(images, labels), batch_size)
     stats, stopped = train_one_epoch(model, training, criterion, loader, args, StopRequest(),
-                                     build.build_mixup(args, 3) if mixup else None)
+                                     data.build_mixup(args, 3) if mixup else None)
     assert not stopped and training.step == len(loader)
     return training, stats
 
@@ -196,7 +196,7 @@ def test_tensors_are_read_at_log_lines_only(monkeypatch):
     args, model, images, labels = small('--print-freq', '3')
     training = build_training(args, model, CPU)
     batches = list(zip(images.chunk(12), labels.chunk(12), strict=True))
-    train_one_epoch(model, training, build.build_criterion(args, model, None), batches, args, StopRequest())
+    train_one_epoch(model, training, networks.build_criterion(args, model, None), batches, args, StopRequest())
     # loss and loss_cls of batches 1, 2-4, 5-7, 8-10 and 11-12, then the means of three meters
     assert reads == [2, 6, 6, 6, 4, 6]
 

@@ -14,7 +14,8 @@ from helpers import ROOT
 
 import quant_vision_transformer
 from _quan_base import calibrate, is_calibrated
-from checkpoints import description, write_checkpoint
+from checkpoints.files import write_checkpoint
+from checkpoints.networks import model_info
 
 SHAPE = {'embed_dim': 24, 'depth': 1, 'num_heads': 2, 'patch_size': 8}
 NAME = 'threebits_deit_tiny_patch16_224'
@@ -30,9 +31,9 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('hub')
     torch.manual_seed(0)
     model = timm.create_model(NAME, img_size=16, num_classes=5, **SHAPE)
-    write_checkpoint({'model': model.state_dict(), 'qvit': description(NAME, SHAPE, 5, 16)}, folder / 'without.pth')
+    write_checkpoint({'model': model.state_dict(), 'qvit': model_info(NAME, SHAPE, 5, 16)}, folder / 'without.pth')
     calibrate(model, torch.randn(4, 3, 16, 16))
-    write_checkpoint({'model': model.state_dict(), 'qvit': description(NAME, SHAPE, 5, 16)}, folder / 'own.pth')
+    write_checkpoint({'model': model.state_dict(), 'qvit': model_info(NAME, SHAPE, 5, 16)}, folder / 'own.pth')
     write_checkpoint({'model': model.state_dict(), 'args': Namespace(lr=3e-4)}, folder / 'released.pth')
     return folder
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import DistillationLoss, Teacher, check_dgd_compatible, distribution_guided_distillation, token_distance
+from losses import DistillationLoss, check_dgd_compatible, distribution_guided_distillation, token_distance
+from models import Teacher
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('kernels')

@@ -14,12 +14,13 @@ from helpers import ROOT, SHAPE, TINY, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import build
 import main
 import run_with_submitit
 from _quan_base import is_calibrated, named_quantizers
-from checkpoints import create_from_checkpoint, read_checkpoint
-from flags import get_args_parser
+from checkpoints.files import read_checkpoint
+from checkpoints.networks import create_from_checkpoint
+from training import networks
+from training.flags import get_args_parser
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -111,12 +112,12 @@ def test_descent_to_fewer_bits(student, tmp_path, capsys, monkeypatch):
     # A file that does not describe its network, as a teacher.
     source = create_from_checkpoint(read_checkpoint(four))
     torch.save({'model': source.state_dict()}, tmp_path / 'bare.pth')
-    monkeypatch.setattr(build, '_create', lambda *_: timm.create_model(
+    monkeypatch.setattr(networks, '_create', lambda *_: timm.create_model(
         'fourbits_deit_tiny_patch16_224', img_size=16, num_classes=10, embed_dim=24, depth=2,
         num_heads=2, patch_size=8))
     args = main.parse_args(['--distillation-type', 'soft', '--teacher-model', 'fourbits_deit_tiny_patch16_224',
                             '--teacher-path', str(tmp_path / 'bare.pth'), '--input-size', '16'])
-    teacher, images = build.build_teacher(args, 10).eval(), torch.randn(2, 3, 16, 16)
+    teacher, images = networks.build_teacher(args, 10).eval(), torch.randn(2, 3, 16, 16)
     assert torch.equal(teacher(images), source.eval()(images))
 
 
@@ -275,7 +276,7 @@ def test_booleans_in_any_case_and_options_over_flags():
     args = main.parse_args(['--model-kwargs', 'irm=false', 'quantize_attn=True', 'drop_path_rate=0.3'])
     assert args.model_kwargs == {'irm': False, 'quantize_attn': True, 'drop_path_rate': 0.3}
     args.model, args.input_size, args.model_kwargs = main.DEFAULT_MODEL, 32, args.model_kwargs | {'depth': 2}
-    student = main.build.build_student(args, 10)
+    student = main.networks.build_student(args, 10)
     assert isinstance(student.blocks[0].attn.norm_q, torch.nn.Identity)
     assert student.blocks[1].drop_path.drop_prob == pytest.approx(0.3)
 
@@ -306,10 +307,10 @@ def test_mistakes_that_only_the_files_show(teacher_path, photographs, tmp_path, 
         assert err.count('\n') == 1 and line in err
 
     # Offline, and nothing in the cache.
-    monkeypatch.setattr(build, '_check_classes', lambda *_: None)
+    monkeypatch.setattr(networks, '_check_classes', lambda *_: None)
     with monkeypatch.context() as patch:
         create = timm.create_model
-        patch.setattr(build.timm, 'create_model',
+        patch.setattr(networks.timm, 'create_model',
                       lambda *a, **k: offline(*a, **k) if k.get('pretrained') else create(*a, **k))
         assert run(*TINY, *distill, '--teacher-model', 'deit_tiny_patch16_224') == 2
     assert 'cannot be downloaded (ConnectionError): give them with --teacher-path' in capsys.readouterr().err

@@ -7,10 +7,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import _lsq
-from _lsq import LSQ, code_range, fake_quantize, quantized_linear
-from _lsq_attention import quantized_attention
 from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, calibrate, clamp_steps_, first_batch_rule
+from ops import lsq as _lsq
+from ops.attention import quantized_attention
+from ops.lsq import QParams, code_range, fake_quantize, quantized_linear
 from quant_vision_transformer import QMlp, QuantConfig
 
 pytestmark = pytest.mark.usefixtures('kernels')
@@ -131,9 +131,9 @@ def composed_linear(x, weight, qx, qw, bias):
     return F.linear(fake_quantize(x, qx), fake_quantize(weight, qw), bias)
 
 
-def random_lsq(*shape, bits: int, signed: bool, weight: bool = False) -> LSQ:
+def random_lsq(*shape, bits: int, signed: bool, weight: bool = False) -> QParams:
     step = (torch.rand(shape) * 0.2 + 0.1).requires_grad_()
-    return LSQ(step, None if weight else torch.randn(shape).requires_grad_(), *code_range(bits, signed))
+    return QParams(step, None if weight else torch.randn(shape).requires_grad_(), *code_range(bits, signed))
 
 
 def gradients(function, tensors, upstream):

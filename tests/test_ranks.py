@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import calibrate, clamp_steps_, is_calibrated
-from oscillation import Oscillations
+from training.methods.oscillation import Oscillations
 
 
 def worker(rank: int, folder: str, explicitly: bool) -> None:

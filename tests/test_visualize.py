@@ -11,8 +11,9 @@ from helpers import ROOT
 from PIL import Image
 from test_inspection import SHAPE, STUDENT, TEACHER, build, images_of
 
-from checkpoints import description, write_checkpoint
-from inspection import code_distribution, code_usage, read_log, value_distribution
+from analysis.inspection import code_distribution, code_usage, read_log, value_distribution
+from checkpoints.files import write_checkpoint
+from checkpoints.networks import model_info
 from visualize import main, to_pictures
 
 
@@ -21,9 +22,9 @@ def files(tmp_path_factory):
     """A folder with checkpoints of a student and a teacher, an image and a log."""
     folder = tmp_path_factory.mktemp('visualize')
     for file, name in (('student.pth', STUDENT), ('teacher.pth', TEACHER)):
-        about = description(name, SHAPE, 10, 16, [str(digit) for digit in range(10)], 'DIGITS')
+        about = model_info(name, SHAPE, 10, 16, [str(digit) for digit in range(10)], 'DIGITS')
         write_checkpoint({'model': build(name).state_dict(), 'qvit': about}, folder / file)
-    about = description(TEACHER, SHAPE | {'depth': 3}, 10, 16, None, 'DIGITS')
+    about = model_info(TEACHER, SHAPE | {'depth': 3}, 10, 16, None, 'DIGITS')
     write_checkpoint({'model': build(TEACHER, depth=3).state_dict(), 'qvit': about}, folder / 'deeper.pth')
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / 'image.png')

@@ -1,0 +1,236 @@
+"""What `deploy.py bench` compares: networks and runtimes, each in a process of its own that answers on a pipe.
+
+This module imports no torch at its head: the processes of ONNX Runtime do without, and their memory shows it.
+"""
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ['CONTENDERS', 'Contender', 'Forward', 'Spec', 'one_line', 'random_images']
+
+Forward = Callable[[np.ndarray], Any]  # float32 images (B, C, H, W) -> logits (B, classes), array or tensor
+# Of a spec: contender, file, terms, threads, device, batch_sizes, input_size, num_classes, full_model, full_kwargs.
+Spec = dict[str, Any]
+WARM_UP = 3            # forwards before any measurement, of each batch size
+
+
+# --- the contenders, each built in a process of its own ---------------------------------------------------------------
+
+
+def _on_device(spec: Spec) -> Callable[[np.ndarray], Any]:
+    """Images -> the tensor of them on the device, where they stay: moving them there is not measured."""
+    import torch
+
+    tensors = {}
+
+    def tensor(images: np.ndarray) -> Any:
+        if id(images) not in tensors:
+            tensors[id(images)] = images, torch.from_numpy(images).to(spec['device'])
+        return tensors[id(images)][1]
+
+    return tensor
+
+
+def _quantized(spec: Spec, kind: str) -> tuple[Forward, str]:
+    import torch
+
+    from checkpoints.packed import read_packed
+    from deployment.integer import IntegerViT
+    from deployment.native import NativeViT
+
+    network, images_of, note = read_packed(spec['file']).network().to(spec['device']), _on_device(spec), ''
+    if kind != 'simulated':
+        network = IntegerViT(network, spec['terms'])
+    if kind == 'native':
+        network = NativeViT(network, spec['threads'])
+        note = network.instructions
+    if kind == 'compiled':
+        network = torch.compile(network, dynamic=False)
+    return torch.inference_mode()(lambda images: network(images_of(images))), note
+
+
+def _full_precision(spec: Spec) -> Any:
+    import safetensors.torch
+    import timm
+
+    model = timm.create_model(spec['full_model'], img_size=spec['input_size'], num_classes=spec['num_classes'],
+                              **spec['full_kwargs'])
+    model.load_state_dict(safetensors.torch.load_file(spec['file']))
+    return model.eval().to(spec['device'])
+
+
+def _torch(spec: Spec, half: bool, compiled: bool) -> tuple[Forward, str]:
+    import torch
+
+    model, images_of = _full_precision(spec), _on_device(spec)
+
+    def in_float32(images: np.ndarray) -> Any:
+        return model(images_of(images))
+
+    def in_autocast(images: np.ndarray) -> Any:
+        with torch.autocast(spec['device'], torch.bfloat16):
+            return model(images_of(images))
+
+    def in_bf16(images: np.ndarray) -> Any:
+        return model(images_of(images).bfloat16())
+
+    forward, note = in_float32, ''
+    if half:
+        images = random_images(max(spec['batch_sizes']), spec)
+        with torch.inference_mode():
+            by_autocast = _best_of(in_autocast, images)
+            model.bfloat16()
+            by_bf16 = _best_of(in_bf16, images)
+        forward, note = (in_bf16, '.bfloat16(), faster than autocast') if by_bf16 <= by_autocast else (
+            in_autocast, 'autocast, faster than .bfloat16()')
+        if forward is in_autocast:
+            model = _full_precision(spec)
+    if compiled:
+        model = torch.compile(model, dynamic=False)
+    return torch.inference_mode()(forward), note
+
+
+def _best_of(forward: Forward, images: np.ndarray) -> float:
+    """Seconds."""
+    forward(images)
+    return min(_timed(forward, images) for _ in range(WARM_UP))
+
+
+def _onnx(spec: Spec) -> tuple[Forward, str]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = spec['threads'], 1
+    session = onnxruntime.InferenceSession(spec['file'], options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0], ''
+
+
+class Contender(NamedTuple):
+    """A row of the table; `file` is the key of the prepared file that it loads, `libraries` what it imports first."""
+    label: str
+    file: str
+    libraries: tuple[str, ...]
+    build: Callable[[Spec], tuple[Forward, str]]
+
+
+QUANTIZED = ('torch', 'native', 'packing', 'quant_vision_transformer')  # the last registers the network
+TORCH = ('torch', 'timm', 'safetensors.torch')
+CONTENDERS = {
+    'native': Contender('this network, integers, native kernels', 'packed', QUANTIZED,
+                        partial(_quantized, kind='native')),
+    'torch-int': Contender('this network, integers, plain torch', 'packed', QUANTIZED,
+                           partial(_quantized, kind='integers')),
+    'torch-int-compiled': Contender('this network, integers, torch compiled', 'packed', QUANTIZED,
+                                    partial(_quantized, kind='compiled')),
+    'ort-int8': Contender('this network, ONNX Runtime int8 (QDQ)', 'onnx_int8', ('onnxruntime',), _onnx),
+    'simulated': Contender('this network, simulated in float32', 'packed', QUANTIZED,
+                           partial(_quantized, kind='simulated')),
+    'float32': Contender('full precision, torch float32', 'float32', TORCH,
+                         partial(_torch, half=False, compiled=False)),
+    'float32-compiled': Contender('full precision, torch float32, compiled', 'float32', TORCH,
+                                  partial(_torch, half=False, compiled=True)),
+    'bf16': Contender('full precision, torch bf16', 'float32', TORCH, partial(_torch, half=True, compiled=False)),
+    'bf16-compiled': Contender('full precision, torch bf16, compiled', 'float32', TORCH,
+                               partial(_torch, half=True, compiled=True)),
+    'ort-float32': Contender('full precision, ONNX Runtime float32', 'onnx_float32', ('onnxruntime',), _onnx),
+    'ort-dynamic': Contender('full precision, ONNX Runtime dynamic int8', 'onnx_dynamic', ('onnxruntime',), _onnx),
+}
+ON_CPU_ONLY = ('native', 'ort-int8', 'ort-float32', 'ort-dynamic')
+
+
+# --- a contender's process --------------------------------------------------------------------------------------------
+
+
+def random_images(count: int, spec: Spec) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, 3, spec['input_size'], spec['input_size']), np.float32)
+
+
+def _timed(forward: Forward, images: np.ndarray) -> float:
+    """Seconds until the logits are computed; a GPU is waited for before and after."""
+    _synchronize()
+    start = time.perf_counter()
+    forward(images)
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_resident() -> int:
+    """Bytes."""
+    with suppress(OSError):
+        fields = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+        return int(fields['VmHWM'].removesuffix('kB')) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def _reset_peak() -> bool:
+    gc.collect()
+    getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)(0)  # glibc keeps freed memory otherwise
+    with suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')
+        return True
+    return False
+
+
+def _worker(spec: Spec) -> None:
+    """Answers one JSON line for each of stdin: first its state, then the seconds of the forwards asked for."""
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what libraries print must not get between the answers
+
+    def answer(**message: Any) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
+    try:
+        contender = CONTENDERS[spec['contender']]
+        for library in contender.libraries:
+            importlib.import_module(library)
+        if 'torch' in sys.modules:
+            sys.modules['torch'].set_num_threads(spec['threads'])
+        libraries = peak_resident()
+        forward, note = contender.build(spec)
+        images = {count: random_images(count, spec) for count in spec['batch_sizes']}
+        for batch in images.values():
+            for _ in range(WARM_UP):
+                logits = forward(batch)
+    except Exception as error:  # missing package, no compiler, unsupported operation: the table says which
+        answer(error=one_line(error))
+        return
+    before, can_reset = peak_resident(), _reset_peak()
+    logits = (logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy())[:1]
+    answer(note=note, logits=logits.tolist(), library_bytes=libraries)
+    for line in sys.stdin:
+        count, runs = json.loads(line)
+        forward(images[count])
+        seconds = [_timed(forward, images[count]) for _ in range(runs)]
+        now = peak_resident()
+        answer(seconds=seconds, peak_bytes=max(before, now), running_bytes=now if can_reset else None)
+
+
+def one_line(error: Exception, most: int = 160) -> str:
+    text = ' '.join(str(error).split()) or 'no message'
+    return f'{type(error).__name__}: {text[:most]}{"..." if len(text) > most else ""}'
+
+
+if __name__ == '__main__':
+    _worker(json.loads(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""The start of a quantized network from a full-precision one."""

@@ -1,0 +1,1 @@
+"""Files of networks: reading them safely, saying what they hold, and opening them."""

@@ -1,0 +1,108 @@
+"""A quantized network's start from full precision: what a DeiT checkpoint becomes in it."""
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn as nn
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from _quan_base import ActQ, named_quantizers
+from checkpoints.networks import _check_shapes, _is_quantizer_entry, _refuse, _state_dict, create_from_checkpoint
+from utils import UserError
+
+__all__ = ['adapt_full_precision', 'load_full_precision']
+
+_logger = logging.getLogger(__name__)
+
+
+def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:
+    """Starts a network from a DeiT checkpoint: distilled or not, of another class count or resolution.
+
+    The steps are left uncalibrated. A quantized checkpoint is taken too, for a start with fewer bits (4 -> 3 -> 2): if
+    it describes its network, with its quantized weights, for these are what it computes with; latent weights carry
+    rounding errors that they never make. Biases and IRM come with them, steps do not. No cost in the network.
+
+    Returns:
+        What had to be adapted, a line each.
+
+    Raises:
+        UserError: tensors are missing, unexpected, or of another width; the message lists them.
+    """
+    given, notes = _of_more_bits(checkpoint) if 'qvit' in checkpoint else (_state_dict(checkpoint), [])
+    state, adapted = _adapt(given, model)
+    model.load_state_dict(state)
+    return notes + adapted
+
+
+def _of_more_bits(checkpoint: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """The state of the network that the checkpoint describes, its weights quantized and nothing else; what to say."""
+    given = _state_dict(checkpoint)
+    if not any(map(_is_quantizer_entry, given)):
+        return given, []
+    source = create_from_checkpoint(checkpoint)
+    state = source.state_dict()
+    for name, layer in named_quantizers(source):
+        if not isinstance(layer, ActQ) and layer.calibrated:
+            state[f'{name}.weight'] = layer.quantized_weight()
+    bits = source.quant.weight_bits
+    return ({name: value for name, value in state.items() if not _is_quantizer_entry(name)},
+            [f'the checkpoint is quantized to {bits} bits: its quantized weights, biases and IRM are taken, steps are '
+             'to be calibrated anew'])
+
+
+def adapt_full_precision(state: dict, model: nn.Module) -> dict[str, Tensor]:
+    """`load_full_precision` as a filter for timm's `pretrained=True`: the whole state_dict of the model."""
+    state, notes = _adapt(_state_dict(state), model)
+    for note in notes:
+        _logger.info(note)
+    return state
+
+
+def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    own, notes = model.state_dict(), []
+    if any(map(_is_quantizer_entry, given)):
+        notes.append('the checkpoint is quantized: its latent weights are taken, its steps are not')
+    if any('.norm_q.' in name for name in given) and hasattr(model, 'quant') and not model.quant.irm:
+        raise UserError('the checkpoint was made with irm=True: pass --model-kwargs irm=True')
+    state = {name: value for name, value in given.items() if not _is_quantizer_entry(name)}
+    prefix_tokens = 2 if 'dist_token' in state else 1
+    if 'dist_token' in own and 'dist_token' not in state:
+        notes.append('the checkpoint is not distilled: distillation token and head start as copies of the class ones')
+        state |= {'dist_token': state.get('cls_token'), 'head_dist.weight': state.get('head.weight'),
+                  'head_dist.bias': state.get('head.bias')}
+        state = {name: value for name, value in state.items() if value is not None}
+    elif 'dist_token' in state and 'dist_token' not in own:
+        notes.append('the model is not distilled: distillation token and head of the checkpoint are left out')
+        for name in ('dist_token', 'head_dist.weight', 'head_dist.bias'):
+            state.pop(name, None)
+    if 'pos_embed' in state and 'pos_embed' in own:
+        state['pos_embed'] = _adapt_pos_embed(state['pos_embed'], prefix_tokens, model, notes)
+    for name in ('head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias'):
+        if name not in own:
+            state.pop(name, None)
+        elif name in state and state[name].shape[0] != own[name].shape[0]:
+            if name == 'head.weight':
+                notes.append(f'the checkpoint has {state[name].shape[0]} classes, the model {own[name].shape[0]}: '
+                             f'the heads start anew')
+            state[name] = own[name]
+    for name, value in own.items():  # what only a quantized network has: steps to be calibrated, IRM as the identity
+        if _is_quantizer_entry(name):
+            state[name] = torch.zeros_like(value) if name.endswith('init_state') else value
+        elif '.norm_q.' in name or '.norm_k.' in name:
+            state.setdefault(name, value)
+    _check_shapes(state, own)
+    _refuse([name for name in own if name not in state], [name for name in state if name not in own])
+    return state, notes
+
+
+def _adapt_pos_embed(pos_embed: Tensor, prefix_tokens: int, model: nn.Module, notes: list[str]) -> Tensor:
+    """(1, prefix + patches, D) for the model's prefix tokens and grid of patches."""
+    prefix, patches = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
+    side, grid = round(patches.shape[1] ** 0.5), tuple(model.patch_embed.grid_size)
+    if grid != (side, side) and side * side == patches.shape[1]:
+        notes.append(f'position embeddings resized from {side} x {side} to {grid[0]} x {grid[1]} patches')
+        patches = resample_abs_pos_embed(patches.float(), grid, (side, side), num_prefix_tokens=0)
+    prefix = prefix[:, [min(i, prefix_tokens - 1) for i in range(model.num_prefix_tokens)]]
+    return torch.cat([prefix, patches], dim=1)

@@ -1,0 +1,316 @@
+"""Integer inference: a quantized network whose linear layers and attention multiply integer codes.
+
+Every activation quantizer becomes `Quantizer`: unsigned codes u = round(clamp(s x + t, 0, levels)), with s = 1 / alpha
+and t = z - qn folded into the LayerNorm, softmax or scaling before it. With x_hat = (u - (z - qn)) alpha, a linear
+layer
+
+    y_n = sum_k x_hat_k w_hat_nk + b_n = sum_k u_k alpha_k w_hat_nk + (b_n - sum_k (z_k - qn) alpha_k w_hat_nk)
+
+is a product of u with integers where alpha does not depend on k (`act_granularity='tensor'`): then it is exact. Steps
+per input channel cannot leave the sum: they are folded into the weight, and alpha_k w_hat_nk is quantized again, at 8
+bits per output channel (`terms=1`) or as the sum of two 8-bit terms (`terms=2`, near 16 bits). Quantizing it again errs
+by the same in u and in its zero point, so a value of x_hat = 0 adds no error.
+
+Everything here is plain torch, on any device, in float64 exact up to the order of summation; `native.py` runs the same
+network in fused kernels on a CPU.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from _quan_base import ActQ, Conv2dQ, LinearQ, is_calibrated, min_scale
+from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
+from utils import UserError
+
+__all__ = ['IntAttention', 'IntBlock', 'IntLinear', 'IntegerViT', 'Quantizer', 'fold_weight', 'int_product']
+
+WEIGHT_LIMIT = 127  # of the codes of a weight quantized again
+
+
+class Quantizer(nn.Module):
+    """An activation quantizer: x -> u = round(clamp(scale x + shift, 0, levels)), uint8.
+
+    Attributes:
+        scale, shift: 1 / alpha and z - qn, shaped to broadcast against x.
+        levels: 2^bits - 1.
+    """
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor, levels: int) -> None:
+        super().__init__()
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
+        self.levels = levels
+
+    @classmethod
+    def of(cls, act: ActQ, channels: int, norm: nn.Module | None = None) -> Quantizer:
+        """That of `act` with one entry per channel, after the affine part of `norm`, whose rest is `F.layer_norm`."""
+        step, zero, qn, qp = effective(act, channels)
+        scale, shift = 1 / step, zero - qn
+        if norm is not None:
+            scale, shift = norm.weight.detach().double() * scale, norm.bias.detach().double() * scale + shift
+        return cls(scale, shift, qp - qn)
+
+    @classmethod
+    def of_heads(cls, act: ActQ, heads: int, norm: nn.Module | None = None) -> Quantizer:
+        """That of q, k, v or attention (B, heads, N, d): (heads, 1, 1), or (heads, 1, d) after a norm over d."""
+        step, zero, qn, qp = effective(act, heads)
+        scale, shift = (1 / step).view(-1, 1, 1), (zero - qn).view(-1, 1, 1)
+        if isinstance(norm, nn.LayerNorm):
+            scale, shift = norm.weight.detach().double() * scale, norm.bias.detach().double() * scale + shift
+        return cls(scale, shift, qp - qn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale).clamp_(0, self.levels).round_().to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        return f'levels={self.levels}, scales={self.scale.numel()}'
+
+
+def effective(act: ActQ, channels: int) -> tuple[Tensor, Tensor, int, int]:
+    """(alpha, z rounded, qn, qp) in use, float64, each of `channels` entries."""
+    step = act.alpha.detach().clamp_min(min_scale(act.alpha.dtype)).double()
+    return step.expand(channels), act.zero_point.detach().round().double().expand(channels), *act.code_range
+
+
+def fold_weight(weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """Integers R_t and scales s_t with sum_t s_t R_t near `weight`.
+
+    Args:
+        weight: (N, K), float64.
+        terms: 1, for an error of at most max|weight_n| / 254 in each entry of row n, or 2, for a 254th of that.
+
+    Returns:
+        int8 (terms, N, K) in [-127, 127], and float64 (terms, N).
+    """
+    scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / WEIGHT_LIMIT
+    codes, scales, rest = [], [], weight
+    for _ in range(terms):
+        codes.append((rest / scale[:, None]).round_().clamp_(-WEIGHT_LIMIT, WEIGHT_LIMIT))
+        scales.append(scale)
+        rest = rest - codes[-1] * scale[:, None]
+        scale = scale / (2 * WEIGHT_LIMIT)
+    return torch.stack(codes).to(torch.int8), torch.stack(scales)
+
+
+@functools.cache
+def _cpu_has_int8() -> bool:
+    """Whether torch._int_mm is exact here: without VNNI, x86 may add pairs of products in 16 bits, which overflow."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.mT) == 64 * 127 ** 2).all())
+
+
+def int_product(codes: Tensor, weight: Tensor, levels: int, dtype: torch.dtype, offset: Tensor | None = None) -> Tensor:
+    """sum_k codes_mk weight_nk - offset_n in integers: uint8 (M, K) up to `levels`, int8 (N, K), int32 (N,) -> (M, N).
+
+    In int8 x int8 -> int32 where the device has it, else in float64, which holds every such sum exactly; then `dtype`.
+    """
+    offset = 0 if offset is None else offset
+    if codes.is_cuda:  # what torch._int_mm asks of its shapes there
+        by_int8 = len(codes) > 16 and codes.shape[1] % 8 == 0 and len(weight) % 8 == 0
+    else:
+        by_int8 = _cpu_has_int8()
+    if dtype == torch.float64 or not by_int8:
+        return (codes.double() @ weight.double().mT - offset).to(dtype)
+    if levels <= 127:
+        return (torch._int_mm(codes.view(torch.int8), weight.mT) - offset).to(dtype)
+    shifted = codes.bitwise_xor(128).view(torch.int8)  # codes - 128
+    return (torch._int_mm(shifted, weight.mT) + (128 * weight.sum(1, dtype=torch.int32) - offset)).to(dtype)
+
+
+class IntLinear(nn.Module):
+    """A linear layer of codes: uint8 (..., K) -> float (..., N), sum_t scale_t (codes weight_t^T - offset_t) + bias.
+
+    Attributes:
+        weight: int8 (terms, N, K).
+        scale: (terms, N).
+        offset: int32 (terms, N), sum_k t_k weight_tnk with the zero points t = z - qn: taken off in integers, because
+            in float32 it would cost digits of the sum.
+        bias: (N,).
+        levels: largest input code.
+        exact: whether the weight is that of the fake-quantized layer, not quantized again.
+
+    Raises:
+        UserError: zero points are too large for 32-bit sums.
+    """
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: LinearQ | Conv2dQ, terms: int) -> None:
+        super().__init__()
+        codes, alpha = layer.to_int().flatten(1).cpu(), layer.alpha.detach().double().cpu()
+        alpha = alpha.clamp_min(min_scale(layer.alpha.dtype))
+        channels, inputs = layer.weight.shape[1], codes.shape[1]
+        step, zero, qn, qp = (value.cpu().repeat_interleave(inputs // channels) if isinstance(value, Tensor) else value
+                              for value in effective(layer.act, channels))
+        self.exact, self.levels = bool((step == step[0]).all()) and layer.weight_bits <= 8, qp - qn
+        if self.exact:
+            weight, scale = codes.to(torch.int8)[None], (alpha * step[0])[None]
+        else:
+            weight, scale = fold_weight(codes * step, terms)
+            scale = scale * alpha
+        offset = weight.double() @ (zero - qn)
+        if offset.abs().max() + inputs * self.levels * WEIGHT_LIMIT >= 2 ** 31:
+            raise UserError(f'zero points up to {zero.abs().max():.0f} are too large for integer inference: evaluate '
+                            f'this network in floating point')
+        self.register_buffer('weight', weight)
+        self.register_buffer('scale', scale)
+        self.register_buffer('offset', offset.to(torch.int32))
+        bias = torch.zeros(len(codes)) if layer.bias is None else layer.bias.detach().cpu()
+        self.register_buffer('bias', bias.double())
+
+    @property
+    def folded_bias(self) -> Tensor:
+        """The bias with the zero points in it, float64 (N,): y is sum_t scale_t (codes weight_t^T) plus this."""
+        return self.bias.double() - (self.scale.double() * self.offset).sum(0)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        rows, dtype = codes.flatten(0, -2), self.scale.dtype
+        out = self.bias
+        for weight, scale, offset in zip(self.weight, self.scale, self.offset, strict=True):
+            out = torch.addcmul(out, int_product(rows, weight, self.levels, dtype, offset), scale)
+        return out.unflatten(0, codes.shape[:-1])
+
+    def extra_repr(self) -> str:
+        terms, outputs, inputs = self.weight.shape
+        return f'{inputs}, {outputs}, terms={terms}, exact={self.exact}'
+
+
+class IntAttention(nn.Module):
+    """Q-Attention on codes: uint8 (B, N, dim), the codes of the qkv input -> float (B, N, dim).
+
+    Scores and the product with v are sums of integers: (u_q - t_q)(u_k - t_k) over d needs only u_q u_k and a sum over
+    u_k, because what does not depend on the key leaves the softmax unchanged.
+    """
+
+    def __init__(self, attn: QAttention, terms: int) -> None:
+        super().__init__()
+        dim, heads = attn.num_heads * attn.head_dim, attn.num_heads
+        self.num_heads, self.head_dim, self.scale = heads, attn.head_dim, attn.scale
+        self.rectified, self.quantized = isinstance(attn.norm_q, nn.LayerNorm), attn.quantize_attn
+        self.norm_eps = attn.norm_q.eps if self.rectified else 0.
+        self.qkv, self.proj = IntLinear(attn.qkv, terms), IntLinear(attn.proj, terms)
+        self.proj_in = Quantizer.of(attn.proj.act, dim)
+        if not self.quantized:
+            self.norm_q, self.norm_k = copy.deepcopy(attn.norm_q), copy.deepcopy(attn.norm_k)
+            return
+        self.q_quant = Quantizer.of_heads(attn.q_act, heads, attn.norm_q)
+        self.k_quant = Quantizer.of_heads(attn.k_act, heads, attn.norm_k)
+        self.v_quant = Quantizer.of_heads(attn.v_act, heads)
+        self.attn_quant = Quantizer.of_heads(attn.attn_act, heads)
+        q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero = (
+            value.reshape(-1, 1, 1) for act in (attn.q_act, attn.k_act, attn.v_act, attn.attn_act)
+            for value in _offsets(act, heads))
+        for name, value in (('score_scale', q_step * k_step * attn.scale), ('q_zero', q_zero), ('v_zero', v_zero),
+                            ('attn_zero', a_zero), ('out_scale', a_step * v_step)):
+            self.register_buffer(name, value)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        qkv = self.qkv(codes).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                        # (B, H, N, d) each
+        x = self._on_codes(q, k, v) if self.quantized else F.scaled_dot_product_attention(
+            self.norm_q(q), self.norm_k(k), v)
+        return self.proj(self.proj_in(x.transpose(1, 2).flatten(2)))
+
+    def _on_codes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.rectified:
+            q, k = (F.layer_norm(x, (self.head_dim,), eps=self.norm_eps) for x in (q, k))
+        # Integers, in a floating point type that holds their products exactly.
+        dtype, largest = q.dtype, self.q_quant.levels ** 2 * max(self.head_dim, v.shape[-2])
+        exact = dtype if largest < 2 ** 24 else torch.float64
+        q, k, v = (quant(x).to(exact) for quant, x in ((self.q_quant, q), (self.k_quant, k), (self.v_quant, v)))
+        scores = (q @ k.mT - self.q_zero * k.sum(-1).unsqueeze(-2)) * self.score_scale
+        attn = self.attn_quant(scores.to(dtype).softmax(-1)).to(exact)
+        product = attn @ v - self.attn_zero * v.sum(-2, keepdim=True) - self.v_zero * attn.sum(-1, keepdim=True)
+        return ((product + v.shape[-2] * self.attn_zero * self.v_zero) * self.out_scale).to(dtype)
+
+
+def _offsets(act: ActQ, heads: int) -> tuple[Tensor, Tensor]:
+    """(alpha, z - qn) per head: x_hat = (u - (z - qn)) alpha."""
+    step, zero, qn, _ = effective(act, heads)
+    return step, zero - qn
+
+
+class IntBlock(nn.Module):
+    """Transformer block: float (B, N, dim) -> float (B, N, dim); the residual sums stay in floating point."""
+
+    def __init__(self, block: QBlock, terms: int) -> None:
+        super().__init__()
+        dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+        self.dim, self.norm1_eps, self.norm2_eps = dim, block.norm1.eps, block.norm2.eps
+        self.attn_in = Quantizer.of(block.attn.qkv.act, dim, block.norm1)
+        self.attn = IntAttention(block.attn, terms)
+        self.fc1_in = Quantizer.of(block.mlp.fc1.act, dim, block.norm2)
+        self.fc1 = IntLinear(block.mlp.fc1, terms)
+        self.fc2_in = Quantizer.of(block.mlp.fc2.act, hidden)
+        self.fc2 = IntLinear(block.mlp.fc2, terms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_in(F.layer_norm(x, (self.dim,), eps=self.norm1_eps)))
+        hidden = F.gelu(self.fc1(self.fc1_in(F.layer_norm(x, (self.dim,), eps=self.norm2_eps))))
+        return x + self.fc2(self.fc2_in(hidden.clamp_(-10., 10.)))
+
+
+class IntegerViT(nn.Module):
+    """A calibrated `QVisionTransformer` in integer arithmetic: (B, C, H, W) -> logits (B, classes).
+
+    Args:
+        model: the fake-quantized network.
+        terms: 8-bit terms of a folded weight, 1 or 2, in the blocks; the patch embedding and the heads, a few per cent
+            of the work and 8-bit to begin with, always have 2. Layers with one step per tensor need 1 and are exact.
+        dtype: of everything that is not an integer; float64 for comparisons.
+
+    Raises:
+        UserError: the network is not calibrated, or has no heads.
+    """
+    EDGE_TERMS = 2
+
+    def __init__(self, model: QVisionTransformer, terms: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if terms not in (1, 2):
+            raise UserError(f'{terms} terms of a folded weight: choose 1 or 2')
+        if not is_calibrated(model):
+            raise UserError('the network has no steps yet: take a trained or calibrated checkpoint')
+        if model.num_classes == 0:
+            raise UserError('the network has no heads (num_classes=0): integer inference ends in logits')
+        proj, dim = model.patch_embed.proj, model.embed_dim
+        self.patch_size, self.dim, self.norm_eps = proj.kernel_size, dim, model.norm.eps
+        self.num_classes, self.input_size = model.num_classes, tuple(model.patch_embed.img_size)
+        pixels = math.prod(self.patch_size)
+        step, zero, qn, qp = effective(proj.act, proj.in_channels)
+        self.patch_in = Quantizer((1 / step).repeat_interleave(pixels), (zero - qn).repeat_interleave(pixels), qp - qn)
+        self.patch = IntLinear(proj, self.EDGE_TERMS)
+        tokens = torch.cat([model.cls_token, model.dist_token], 1).detach()
+        prefix, positions = tokens.shape[1], model.pos_embed.detach()
+        self.register_buffer('prefix', (tokens + positions[:, :prefix]).double())       # (1, 2, dim)
+        self.register_buffer('positions', positions[:, prefix:].double())               # (1, patches, dim)
+        self.blocks = nn.Sequential(*[IntBlock(block, terms) for block in model.blocks])
+        self.head_in = Quantizer.of(model.head.act, dim, model.norm)
+        self.head_dist_in = Quantizer.of(model.head_dist.act, dim, model.norm)
+        self.head, self.head_dist = (IntLinear(head, self.EDGE_TERMS) for head in (model.head, model.head_dist))
+        self.to(model.cls_token.device, dtype)
+        self.eval()
+
+    @property
+    def exact(self) -> bool:
+        """Whether no weight was quantized again: the logits are those of the fake-quantized network."""
+        return all(layer.exact for layer in self.modules() if isinstance(layer, IntLinear))
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        h, w = self.patch_size
+        patches = images.to(self.positions.dtype).unflatten(3, (-1, w)).unflatten(2, (-1, h))  # (B, C, H', h, W', w)
+        codes = self.patch_in(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))      # (B, patches, C h w)
+        x = torch.cat([self.prefix.expand(len(images), -1, -1), self.patch(codes) + self.positions], 1)
+        x = F.layer_norm(self.blocks(x)[:, :2], (self.dim,), eps=self.norm_eps)
+        return (self.head(self.head_in(x[:, 0])) + self.head_dist(self.head_dist_in(x[:, 1]))) / 2

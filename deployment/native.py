@@ -1,0 +1,151 @@
+"""Integer inference in fused C++ kernels on the CPU: compiles `integer_kernels.cpp` once, runs an `IntegerViT` in it.
+
+Without a C++ compiler, `fastest` gives the network in plain torch instead.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deployment.integer import IntBlock, IntegerViT, IntLinear, Quantizer
+from ops.cpp_library import NativeUnavailable, load
+
+__all__ = ['NativeUnavailable', 'NativeViT', 'fastest']
+
+SOURCE = Path(__file__).with_name('integer_kernels.cpp')
+FLAGS = ['-pthread', '-fopenmp-simd', '-ffp-contract=fast']
+HEAD_WIDTH = 64
+LARGEST_ZERO = 1024  # of q, v and attention, whose products the kernels sum in 32 bits
+LINEARS = ('qkv', 'proj', 'fc1', 'fc2')
+QUANTIZERS = ('attn_in', 'q', 'k', 'v', 'attn', 'proj_in', 'fc1_in', 'fc2_in')
+VECTORS = ('score_scale', 'q_zero', 'v_zero', 'attn_zero', 'out_scale')
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The compiled kernels, from the cache or compiled now."""
+    library = load(SOURCE, FLAGS)
+    integer, pointer = ctypes.c_int, ctypes.c_void_p
+    for name, result, arguments in (
+            ('instructions', ctypes.c_char_p, []), ('new', pointer, [pointer, pointer]), ('free', None, [pointer]),
+            ('linear', None, [pointer, *[integer] * 5, *[pointer] * 4]),
+            ('quantizer', None, [pointer, *[integer] * 4, pointer, pointer]),
+            ('vector', None, [pointer, *[integer] * 3, pointer]),
+            ('forward', integer, [pointer, pointer, integer, integer, pointer])):
+        function = getattr(library, f'qvit_{name}')
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class NativeViT:
+    """`IntegerViT` in fused kernels: float32 images (B, C, H, W) on the CPU -> logits (B, classes).
+
+    Images are shared out to the threads; with fewer images than threads, several threads share one.
+
+    Args:
+        network: the integer network, with heads 64 wide and quantized attention, as every DeiT has them.
+        threads: at most so many; torch's number unless given.
+
+    Raises:
+        NativeUnavailable: there is no compiler, or the network is of another kind.
+    """
+
+    def __init__(self, network: IntegerViT, threads: int | None = None) -> None:
+        attention = network.blocks[0].attn if len(network.blocks) else None
+        if attention is None or not attention.quantized or attention.head_dim != HEAD_WIDTH:
+            raise NativeUnavailable(f'the kernels are for quantized attention with heads {HEAD_WIDTH} wide')
+        if max(float(zeros.abs().max()) for block in network.blocks
+               for zeros in (block.attn.q_zero, block.attn.v_zero, block.attn.attn_zero)) > LARGEST_ZERO:
+            raise NativeUnavailable(f'the kernels are for zero points of attention up to {LARGEST_ZERO}')
+        self._library, self._handle = _library(), None
+        self.threads, self.num_classes = threads or torch.get_num_threads(), network.num_classes
+        (height, width), (patch_h, patch_w) = network.input_size, network.patch_size
+        channels = network.patch.weight.shape[-1] // (patch_h * patch_w)
+        self.image_shape = channels, height, width
+        tokens, prefix = network.prefix.shape[1] + network.positions.shape[1], network.prefix.shape[1]
+        shape = torch.tensor([tokens, prefix, network.dim, len(network.blocks), attention.num_heads,
+                              network.blocks[0].fc1.weight.shape[1], network.num_classes, channels, height, width,
+                              patch_h, patch_w, attention.rectified], dtype=torch.int32)
+        block = network.blocks[0]
+        eps = torch.tensor([block.norm1_eps, block.norm2_eps, network.norm_eps, attention.norm_eps])
+        self._handle = self._library.qvit_new(shape.data_ptr(), eps.data_ptr())
+        for kind, name in enumerate(('patch', 'head', 'head_dist')):
+            self._linear(-1, kind, getattr(network, name))
+            self._quantizer(-1, kind, getattr(network, f'{name}_in'))
+        for kind, name in enumerate(('prefix', 'positions')):
+            self._vector(-1, kind, getattr(network, name))
+        for index, block in enumerate(network.blocks):
+            self._block(index, block)
+
+    @property
+    def instructions(self) -> str:
+        """What the products run on: 'AVX-512 VNNI', 'AVX-VNNI', 'AVX2', or 'portable' C++."""
+        return self._library.qvit_instructions().decode()
+
+    def _block(self, index: int, block: IntBlock) -> None:
+        attn = block.attn
+        linears = {'qkv': attn.qkv, 'proj': attn.proj, 'fc1': block.fc1, 'fc2': block.fc2}
+        quantizers = {'attn_in': block.attn_in, 'q': attn.q_quant, 'k': attn.k_quant, 'v': attn.v_quant,
+                      'attn': attn.attn_quant, 'proj_in': attn.proj_in, 'fc1_in': block.fc1_in, 'fc2_in': block.fc2_in}
+        for kind, name in enumerate(LINEARS):
+            self._linear(index, kind, linears[name])
+        for kind, name in enumerate(QUANTIZERS):
+            of_head = (attn.num_heads, 1, HEAD_WIDTH) if name in 'qkv' else None
+            self._quantizer(index, kind, quantizers[name], of_head)
+        for kind, name in enumerate(VECTORS):
+            self._vector(index, kind, getattr(attn, name))
+
+    def _linear(self, block: int, kind: int, layer: IntLinear) -> None:
+        terms, outputs, inputs = layer.weight.shape
+        weight, offset = layer.weight.cpu().contiguous(), layer.offset.cpu().contiguous()
+        scale, bias = _floats(layer.scale), _floats(layer.bias)
+        self._library.qvit_linear(self._handle, block, kind, inputs, outputs, terms, weight.data_ptr(),
+                                  scale.data_ptr(), offset.data_ptr(), bias.data_ptr())
+
+    def _quantizer(self, block: int, kind: int, quantizer: Quantizer, shape: tuple[int, ...] | None = None) -> None:
+        scale, shift = (_floats(value if shape is None else value.expand(shape))
+                        for value in (quantizer.scale, quantizer.shift))
+        self._library.qvit_quantizer(self._handle, block, kind, scale.numel(), quantizer.levels, scale.data_ptr(),
+                                     shift.data_ptr())
+
+    def _vector(self, block: int, kind: int, values: Tensor) -> None:
+        values = _floats(values)
+        self._library.qvit_vector(self._handle, block, kind, values.numel(), values.data_ptr())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(f'images of shape {list(images.shape)}: this network takes (B, '
+                             f'{", ".join(map(str, self.image_shape))})')
+        images = _floats(images)
+        logits = torch.empty(len(images), self.num_classes)
+        if self._library.qvit_forward(self._handle, images.data_ptr(), len(images), self.threads, logits.data_ptr()):
+            raise MemoryError(f'no memory or threads for {len(images)} images on {self.threads} threads')
+        return logits
+
+    def __del__(self) -> None:
+        if getattr(self, '_handle', None):
+            self._library.qvit_free(self._handle)
+
+
+def _floats(values: Tensor) -> Tensor:
+    return values.detach().to('cpu', torch.float32).contiguous()
+
+
+def fastest(network: IntegerViT, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The network in native kernels on a CPU where they can be had, else itself, with a line that says why."""
+    if network.positions.device.type != 'cpu':
+        return network
+    try:
+        native = NativeViT(network, threads)
+    except NativeUnavailable as error:
+        print(f'integer inference in plain torch, which is slower: {error}')
+        return network
+    if 'VNNI' not in native.instructions:
+        print(f'integer inference without 8-bit dot products ({native.instructions} code), which is slower: '
+              f'this processor has no VNNI')
+    return native

@@ -1,0 +1,1 @@
+"""The products that quantized layers call, in several implementations of one interface."""

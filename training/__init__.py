@@ -1,0 +1,1 @@
+"""A training run: its networks, data, optimizer, state, checks and record."""

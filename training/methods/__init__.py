@@ -1,0 +1,1 @@
+"""Later methods of training, each in a file of its own."""
