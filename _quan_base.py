@@ -1,11 +1,23 @@
-"""Quantizers and quantized layers: the modules that hold learned steps, and their calibration.
+"""The quantizer of Q-ViT: its equations, its layers, and the start of their scales.
 
-The mathematics is in `_lsq.py`. Whether a quantizer is calibrated and signed are Python values that a forward branches
-on without reading a tensor; the buffers `init_state` and `signed` mirror them in checkpoints.
+Learned step size quantization (LSQ: Esser et al., ICLR 2020, arXiv 1902.08153) as Q-ViT uses it (Li et al., NeurIPS
+2022, Section 3.1); the zero point of the activations is that of LSQ+ (Bhalgat et al., 2020, arXiv 2004.09576). With
+integer codes in [qn, qp] of b bits:
+
+    weights       w_hat = round(clamp(w / alpha, qn, qp)) alpha                 one alpha for each output channel
+    activations   x_hat = (round(clamp(x / alpha + z, qn, qp)) - z) alpha       one alpha and z for each input channel
+
+z is rounded to a whole number, and rounding is to the nearest even one. `QParams.fake_quantize` is these equations with
+LSQ's gradients. The layers call their products in `ops`, which computes the same with less memory and time; its
+implementation `reference` calls `QParams.fake_quantize` itself.
+
+Whether a quantizer is calibrated and signed are Python values, on which a forward branches without reading a tensor;
+the buffers `init_state` and `signed` mirror them in checkpoints.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,29 +25,83 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.lsq import QParams, clipped_gelu, code_range, codes, fake_quantize, min_scale, quantized_linear
+import ops
+from ops import clipped_gelu, min_scale
 
-__all__ = ['ActQ', 'Conv2dQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'block_weights', 'calibrate',
-           'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'min_scale', 'named_quantizers']
+__all__ = ['ActQ', 'Conv2dQ', 'GeluLinearQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'block_weights',
+           'calibrate', 'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'min_scale',
+           'named_quantizers']
 
 SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
 
 
 class UncalibratedError(RuntimeError):
-    """A quantizer was used in evaluation before it had a step."""
+    """A quantizer was used in evaluation before it had a scale."""
 
 
-# --- calibration: how a quantizer gets its first step -----------------------------------------------------------------
+# --- the equations ----------------------------------------------------------------------------------------------------
 
-# x as (channels, values of that channel), qn, qp -> step and zero point, each a number or of shape (channels,)
+
+def code_range(bits: int, signed: bool) -> tuple[int, int]:
+    """(qn, qp), the smallest and the largest code."""
+    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Rounds to the nearest even whole number; the gradient passes straight through."""
+    return x + (x.round() - x).detach()
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with its gradient multiplied by `factor`."""
+    return x * factor + (x - x * factor).detach()
+
+
+class QParams(NamedTuple):
+    """The parameters that a tensor is quantized with.
+
+    Attributes:
+        scale: alpha, LSQ's step size; broadcasts against the tensor.
+        zero_point: z, of the scale's shape; None for weights.
+        qn, qp: the smallest and the largest code.
+    """
+    scale: Tensor
+    zero_point: Tensor | None
+    qn: int
+    qp: int
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integer codes of x, int32, in [qn, qp]."""
+        alpha = self.scale.detach().clamp_min(min_scale(self.scale.dtype))
+        z = 0 if self.zero_point is None else self.zero_point.detach().round()
+        return (x / alpha + z).clamp(self.qn, self.qp).round().to(torch.int32)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """x_hat, with LSQ's gradients: straight through to x inside the range, borders included, and 0 outside.
+
+        The gradients of scale and zero point are multiplied by g = 1 / sqrt(numel qp), by which they learn about as
+        fast as weights do (Esser et al., Section 2.2). A scale below `min_scale` counts as that.
+        """
+        g = (x.numel() * self.qp) ** -0.5
+        positive = self.scale + (self.scale.clamp_min(min_scale(self.scale.dtype)) - self.scale).detach()
+        alpha = scale_gradient(positive, g)
+        z = 0 if self.zero_point is None else round_ste(scale_gradient(self.zero_point, g))
+        position = x / alpha + z
+        inside = torch.where(position < self.qn, self.qn, torch.where(position > self.qp, self.qp, position))
+        return (round_ste(inside) - z) * alpha
+
+
+# --- calibration: how a quantizer gets its first scale ----------------------------------------------------------------
+
+# x as (channels, values of that channel), qn, qp -> scale and zero point, each a number or of shape (channels,)
 Rule = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def first_batch_rule(x: Tensor, qn: int, qp: int) -> tuple[Tensor, Tensor]:
-    """The published initialisation: one step 2 mean|x| / sqrt(qp) for all channels (Esser et al., Section 2.1), and a
+    """The published initialisation: one scale 2 mean|x| / sqrt(qp) for all channels (Esser et al., Section 2.1), and a
     tenth of the way from 0 to the zero point that maps min(x) to qn."""
-    step = 2 * x.abs().mean() / qp ** 0.5
-    return step, 0.1 * (x.min() - step * qn)
+    scale = 2 * x.abs().mean() / qp ** 0.5
+    return scale, 0.1 * (x.min() - scale * qn)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
@@ -48,47 +114,56 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
 
 
 class _Calibrated(nn.Module):
-    """A module with a step `alpha` and the state of its calibration.
+    """A module with a scale, and the state of its calibration.
 
     `calibrated` is a Python value for the forward to branch on; the buffer `init_state` (1,) mirrors it in checkpoints.
     """
     alpha: nn.Parameter
     init_state: Tensor
+    implementation = 'torch'  # of `ops`, which computes this module's products: set by `ops.use`
     calibrated: bool = False
     _rule: Rule | None = None  # set while `calibrate` waits for this quantizer's first input
 
+    def learned_scale(self) -> Tensor:
+        """The scale as a differentiable function of the parameters: alpha itself. Everything else asks here for it."""
+        return self.alpha
+
     @property
     def scale(self) -> Tensor:
-        """The scale in use, (channels,) or (1,): alpha, at least `min_scale`, without a gradient."""
-        return self.alpha.detach().clamp_min(min_scale(self.alpha.dtype))
+        """The scale in use, (channels,) or (1,): at least `min_scale`, without a gradient."""
+        return self.learned_scale().detach().clamp_min(min_scale(self.alpha.dtype))
 
     @property
     def pending(self) -> bool:
         """Whether the next input, in training or within `calibrate`, is to initialise this quantizer."""
         return not self.calibrated or self._rule is not None
 
-    def _check_calibrated(self) -> Rule | None:
-        """None for a quantizer that has its steps, else the rule that is to give them now."""
+    def _due_rule(self) -> Rule | None:
+        """The rule that is to give this quantizer its scale now; None where it has one.
+
+        Raises:
+            UncalibratedError: it has none, and this is no time to give it one.
+        """
         if not self.pending:
             return None
         if torch.compiler.is_compiling() or not (self.training or self._rule):
-            raise UncalibratedError(f'{type(self).__name__}({self.extra_repr()}) has no step yet: call '
+            raise UncalibratedError(f'{type(self).__name__}({self.extra_repr()}) has no scale yet: call '
                                     f'calibrate(model, images), or load a quantized checkpoint, before evaluation or '
                                     f'torch.compile')
         return self._rule or first_batch_rule
 
     @torch.no_grad()
-    def _take_steps(self, step: Tensor, *zero_point: Tensor) -> None:
+    def _take_scale(self, scale: Tensor, *zero_point: Tensor) -> None:
         """Sets alpha; checks a zero point, which is left to the caller to set."""
-        if not all(torch.isfinite(value).all() for value in (step, *zero_point)):
+        if not all(torch.isfinite(value).all() for value in (scale, *zero_point)):
             raise ValueError(f'calibration met NaN or infinite values in {type(self).__name__}({self.extra_repr()}): '
                              f'check the images and the weights')
-        self.alpha.copy_(step.to(self.alpha.dtype).clamp_min(min_scale(self.alpha.dtype)))
+        self.alpha.copy_(scale.to(self.alpha.dtype).clamp_min(min_scale(self.alpha.dtype)))
         self.init_state.fill_(1)
         self.calibrated, self._rule = True, None
 
     def _by_rule(self, channels: Tensor, qn: int, qp: int, rule: Rule) -> list[Tensor]:
-        """Step and zero point by `rule`, alike on all ranks. channels: (channels, values)."""
+        """Scale and zero point by `rule`, alike on all ranks. channels: (channels, values)."""
         return [_mean_over_ranks(value.to(self.alpha.dtype).expand(self.alpha.shape))
                 for value in rule(channels, qn, qp)]
 
@@ -106,7 +181,7 @@ class _Calibrated(nn.Module):
 
 
 class ActQ(_Calibrated):
-    """Quantizer of an activation: one step and one zero point per channel (or one of each per tensor).
+    """Quantizer of an activation: one scale and one zero point per channel (or one of each per tensor).
 
     The channel axis is the last of a 2-D (N, C) or 3-D (B, N, C) input and axis 1 of a 4-D one (images: colours; q, k,
     v and attention: heads). Whether codes are signed is found at calibration.
@@ -122,9 +197,9 @@ class ActQ(_Calibrated):
         if granularity not in ('channel', 'tensor'):
             raise ValueError(f"act_granularity '{granularity}' is unknown: use 'channel' or 'tensor'")
         self.bits, self.granularity, self.signed_codes = _checked_bits(bits), granularity, False
-        steps, dd = channels if granularity == 'channel' else 1, {'device': device, 'dtype': dtype}
-        self.alpha = nn.Parameter(torch.ones(steps, **dd))
-        self.zero_point = nn.Parameter(torch.zeros(steps, **dd))
+        scales, dd = channels if granularity == 'channel' else 1, {'device': device, 'dtype': dtype}
+        self.alpha = nn.Parameter(torch.ones(scales, **dd))
+        self.zero_point = nn.Parameter(torch.zeros(scales, **dd))
         self.register_buffer('init_state', torch.zeros(1, **dd))
         self.register_buffer('signed', torch.zeros(1, **dd))
 
@@ -133,18 +208,18 @@ class ActQ(_Calibrated):
         """(qn, qp) of the calibrated quantizer."""
         return code_range(self.bits, self.signed_codes)
 
-    def qparams(self, x: Tensor) -> QParams:
-        """The state to quantize x with; initialises it first where due, else only x's axes count."""
-        rule = self._check_calibrated()
-        if rule is not None:
-            self._calibrate(x.detach(), rule)
-        shape = (-1, 1, 1) if x.ndim == 4 else (-1,)
-        return QParams(self.alpha.view(shape), self.zero_point.view(shape), *self.code_range)
-
     @property
     def whole_zero_point(self) -> Tensor:
         """The zero point in use, (channels,) or (1,): rounded, without a gradient."""
         return self.zero_point.detach().round()
+
+    def qparams(self, x: Tensor) -> QParams:
+        """What to quantize x with. A quantizer that is due is initialised by x first; else only x's axes count."""
+        rule = self._due_rule()
+        if rule is not None:
+            self._calibrate(x.detach(), rule)
+        shape = (-1, 1, 1) if x.ndim == 4 else (-1,)
+        return QParams(self.learned_scale().view(shape), self.zero_point.view(shape), *self.code_range)
 
     def _calibrate(self, x: Tensor, rule: Rule) -> None:
         channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1)
@@ -155,24 +230,24 @@ class ActQ(_Calibrated):
         self.set_qparams(*self._by_rule(channels.to(self.alpha.dtype), *code_range(self.bits, signed), rule), signed)
 
     @torch.no_grad()
-    def set_qparams(self, step: Tensor, zero_point: Tensor, signed: bool) -> None:
+    def set_qparams(self, scale: Tensor, zero_point: Tensor, signed: bool) -> None:
         """Calibrates by given values, broadcastable to the channels.
 
         Raises:
             ValueError: NaN or infinite values.
         """
-        self._take_steps(step, zero_point)
+        self._take_scale(scale, zero_point)
         self.zero_point.copy_(zero_point)
         self.signed_codes = signed
         self.signed.fill_(signed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.qparams(x))
+        return ops.get(self.implementation).fake_quantize(x, self.qparams(x))
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
         """The integer codes of x, int32, in [qn, qp]; (code - round(zero_point)) * alpha is `forward`'s value."""
-        return codes(x, self.qparams(x))
+        return ops.get(self.implementation).codes(x, self.qparams(x))
 
     def read_host_state(self) -> None:
         super().read_host_state()
@@ -181,13 +256,13 @@ class ActQ(_Calibrated):
 
     def extra_repr(self) -> str:
         codes = f'range={list(self.code_range)}' if self.calibrated else 'not calibrated'
-        return f'bits={self.bits}, granularity={self.granularity!r}, steps={self.alpha.numel()}, {codes}'
+        return f'bits={self.bits}, granularity={self.granularity!r}, scales={self.alpha.numel()}, {codes}'
 
 
 class _WeightQuantized(_Calibrated):
-    """What `LinearQ` and `Conv2dQ` share: the weight's quantizer, one step per output channel, always signed.
+    """What `LinearQ` and `Conv2dQ` share: the weight's quantizer, one scale per output channel, always signed.
 
-    In evaluation the quantized weight is computed once and kept until the weight or its steps change: on any in-place
+    In evaluation the quantized weight is computed once and kept until the weight or its scales change: on any in-place
     operation that autograd sees (an optimizer's step, `copy_`), a load, a move, another dtype, or a switch of mode.
     Only a write through `.data` in evaluation mode goes unnoticed; `eval()` after it suffices. Compiled graphs compute
     it anew, fused with the rest.
@@ -209,25 +284,25 @@ class _WeightQuantized(_Calibrated):
         return code_range(self.weight_bits, signed=True)
 
     def weight_qparams(self) -> QParams:
-        """The state to quantize the weight with; initialises it first where that is due."""
-        rule = self._check_calibrated()
+        """What to quantize the weight with; a quantizer that is due is initialised first."""
+        rule = self._due_rule()
         if rule is not None:
             self.set_qparams(self._by_rule(self.weight.detach().flatten(1), *self.code_range, rule)[0])
-        return QParams(self.alpha.view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
+        return QParams(self.learned_scale().view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
 
     @torch.no_grad()
-    def set_qparams(self, step: Tensor) -> None:
-        """Calibrates the weight by given steps, broadcastable to the output channels.
+    def set_qparams(self, scale: Tensor) -> None:
+        """Calibrates the weight by given scales, broadcastable to the output channels.
 
         Raises:
             ValueError: NaN or infinite values.
         """
-        self._take_steps(step)
+        self._take_scale(scale)
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
         """w_hat, of the weight's shape, without a gradient."""
-        return fake_quantize(self.weight, self.weight_qparams())
+        return ops.get(self.implementation).fake_quantize(self.weight, self.weight_qparams())
 
     def _weight_in_evaluation(self) -> Tensor | None:
         """w_hat as computed before, None where it is to be computed with the product."""
@@ -241,7 +316,11 @@ class _WeightQuantized(_Calibrated):
     @torch.no_grad()
     def to_int(self) -> Tensor:
         """The weight's integer codes, int32, in [qn, qp], of its shape; code * alpha is the quantized value."""
-        return codes(self.weight, self.weight_qparams())
+        return ops.get(self.implementation).codes(self.weight, self.weight_qparams())
+
+    def quantizer_input(self, x: Tensor) -> Tensor:
+        """What `act` quantizes when the layer is called with x."""
+        return x
 
     def train(self, mode: bool = True):
         self._evaluated = None
@@ -263,12 +342,35 @@ class LinearQ(_WeightQuantized, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_quantizers(in_features, weight_bits, act_bits, act_granularity)
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """With `gelu`, quantizes clipped_gelu(x), computed again in the backward instead of kept; hooks see x."""
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def linear(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """The product with the quantized x, or with `gelu` with the quantized clipped_gelu(x)."""
         if x.ndim > 3:  # the channels of a linear layer are its last axis, also where ActQ would take axis 1
-            return self(x.flatten(0, -2), gelu).unflatten(0, x.shape[:-1])
+            return self.linear(x.flatten(0, -2), gelu).unflatten(0, x.shape[:-1])
         q = self.act.qparams(clipped_gelu(x.detach()) if gelu and self.act.pending else x)
-        return quantized_linear(x, self.weight, q, self.weight_qparams(), self.bias, self._weight_in_evaluation(), gelu)
+        return ops.get(self.implementation).linear(x, self.weight, self.bias, q, self.weight_qparams(),
+                                                   w_hat=self._weight_in_evaluation(), gelu=gelu)
+
+
+class GeluLinearQ(LinearQ):
+    """The second layer of Q-MLP, with the activation before it: LinearQ(dropout(clip(GELU(x), -10, 10))).
+
+    So the GELU's output need not be kept for the backward. Hooks on this layer see x, before the GELU.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *args, drop: float = 0., **kwargs) -> None:
+        super().__init__(in_features, out_features, *args, **kwargs)
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.drop:
+            return self.linear(F.dropout(clipped_gelu(x), self.drop))
+        return self.linear(x, gelu=True)
+
+    def quantizer_input(self, x: Tensor) -> Tensor:
+        return clipped_gelu(x)
 
 
 class Conv2dQ(_WeightQuantized, nn.Conv2d):
@@ -281,29 +383,9 @@ class Conv2dQ(_WeightQuantized, nn.Conv2d):
         self._add_quantizers(self.in_channels, weight_bits, act_bits, act_granularity)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, qw = self.act.qparams(x), self.weight_qparams()
-        if self._takes_patches(x):
-            return self._forward_patches(x, q, qw)
-        w_hat = None if torch.is_grad_enabled() else self._weight_in_evaluation()
-        w_hat = fake_quantize(self.weight, qw) if w_hat is None else w_hat
-        return F.conv2d(fake_quantize(x, q), w_hat, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _takes_patches(self, x: Tensor) -> bool:
-        """Whether the filters tile the image, as a ViT's patch embedding does."""
-        tiled = self.stride == self.kernel_size and self.padding == (0, 0) and self.dilation == (1, 1)
-        whole = all(n % k == 0 for n, k in zip(x.shape[-2:], self.kernel_size, strict=True))
-        return tiled and whole and self.groups == 1
-
-    def _forward_patches(self, x: Tensor, q: QParams, qw: QParams) -> Tensor:
-        """The convolution as a linear layer of flattened patches: its backward is several times faster on a CPU."""
-        (h, w), filters = self.kernel_size, self.weight.flatten(1)
-        patches = x.unflatten(3, (-1, w)).unflatten(2, (-1, h))    # (B, C, H', h, W', w)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)     # (B, H', W', C h w)
-        q = QParams(*(value.expand(x.shape[1], h, w).flatten() for value in (q.step, q.zero)), q.qn, q.qp)
-        w_hat = self._weight_in_evaluation()
-        out = quantized_linear(patches, filters, q, QParams(qw.step.flatten(1), None, qw.qn, qw.qp), self.bias,
-                               None if w_hat is None else w_hat.flatten(1))
-        return out.permute(0, 3, 1, 2)
+        return ops.get(self.implementation).conv2d(
+            x, self.weight, self.bias, self.act.qparams(x), self.weight_qparams(), self.stride, self.padding,
+            self.dilation, self.groups, w_hat=self._weight_in_evaluation())
 
 
 def _checked_bits(bits: int) -> int:
@@ -316,7 +398,7 @@ def _checked_bits(bits: int) -> int:
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActQ | LinearQ | Conv2dQ]]:
-    """(name, module) of every module that holds a step, in the order of registration."""
+    """(name, module) of every module that holds a scale, in the order of registration."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, _Calibrated))
 
 
@@ -327,7 +409,7 @@ def block_weights(model: nn.Module) -> dict[str, LinearQ | Conv2dQ]:
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every quantizer of the model has its steps."""
+    """Whether every quantizer of the model has its scale."""
     return all(module.calibrated for _, module in named_quantizers(model))
 
 
@@ -336,12 +418,12 @@ def calibrate(model: nn.Module, images: Tensor, rule: Rule = first_batch_rule) -
     """Initialises every quantizer from one batch, in forward order, each on inputs that its predecessors quantize.
 
     To be called before DistributedDataParallel, the optimizer and torch.compile. Under torch.distributed every rank
-    calls it, with its own images: parameters come from rank 0, steps are averaged, so that all ranks end alike.
+    calls it, with its own images: parameters come from rank 0, scales are averaged, so that all ranks end alike.
 
     Args:
         model: the unwrapped network; runs in evaluation mode and gets its modes back.
         images: one batch for `model`, e.g. (B, 3, 224, 224).
-        rule: gives step and zero point from a quantizer's input or weight.
+        rule: gives scale and zero point from a quantizer's input or weight.
 
     Raises:
         ValueError: NaN or infinite values were met.
@@ -368,10 +450,10 @@ def calibrate(model: nn.Module, images: Tensor, rule: Rule = first_batch_rule) -
 
 @torch.no_grad()
 def clamp_steps_(model: nn.Module) -> None:
-    """Brings steps that an optimizer made zero or negative back to the smallest in use; no value is read to the host.
+    """Brings step sizes that an optimizer made zero or negative back to the smallest in use, without reading a value.
 
     The forward never uses a smaller one: this keeps the parameters, and so the checkpoints, positive as well.
     """
-    steps = [quantizer.alpha for _, quantizer in named_quantizers(model)]
-    if steps:
-        torch._foreach_clamp_min_(steps, min_scale(steps[0].dtype))
+    alphas = [quantizer.alpha for _, quantizer in named_quantizers(model)]
+    if alphas:
+        torch._foreach_clamp_min_(alphas, min_scale(alphas[0].dtype))

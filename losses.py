@@ -9,26 +9,54 @@ arXiv 2210.06707): for every layer and head the Gram matrices q q^T and k k^T of
 keys are pulled towards those of a full-precision teacher, each matrix divided by its Frobenius norm. Token distillation
 does so with the output of every block itself, for a student of the teacher's width.
 """
+from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from models import BlockHooks, Teacher, timm_attentions
-from ops.lsq import cache_piece
-from training.methods.stored_labels import SoftLabels
+from models import BlockOutputs, Teacher, timm_attentions
+from ops.gram import gram_distance
 from utils import UserError
 
-__all__ = ['DISTILLATION_TYPES', 'DistillationLoss', 'check_dgd_compatible',
+__all__ = ['DISTILLATION_TYPES', 'Distillation', 'DistillationLoss', 'SoftLabels', 'check_dgd_compatible',
            'distribution_guided_distillation', 'token_distance']
 
 Pair = tuple[Tensor, Tensor]
 DISTILLATION_TYPES = ('none', 'soft', 'hard', 'both')
+SMALLEST = 2.0 ** -25  # half precision rounds what is smaller to 0
+
+
+class SoftLabels(NamedTuple):
+    """The labels of a batch and a teacher's answers; of an item, without the first axis.
+
+    Attributes:
+        labels: (B,)
+        indices: the classes of the K largest probabilities, (B, K).
+        values: these, (B, K).
+    """
+    labels: Tensor
+    indices: Tensor
+    values: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> SoftLabels:
+        return SoftLabels(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def probabilities(self, num_classes: int) -> Tensor:
+        """(B, num_classes), with what is missing to 1 spread evenly over the classes beyond the K."""
+        values = self.values.float()
+        rest = (1 - values.sum(1, keepdim=True)).clamp_min(0) / max(1, num_classes - values.shape[1])
+        return rest.repeat(1, num_classes).scatter_(1, self.indices.long(), values)
+
+    def logits(self, num_classes: int) -> Tensor:
+        """The teacher's logits up to a constant, which softmax takes away at any temperature: (B, num_classes)."""
+        return self.probabilities(num_classes).clamp_min(SMALLEST).log()
 
 
 def check_dgd_compatible(student: nn.Module, teacher: nn.Module) -> str | None:
@@ -78,7 +106,7 @@ def distribution_guided_distillation(
             for which, distances in enumerate(losses):
                 student, teacher = (_stack([pair[whose][which][:, :, skips[whose]:] for pair in group])
                                     for whose in (0, 1))  # (L, B, H, N, d) each, d its own
-                distances.append(_gram_distance(student, teacher))
+                distances.append(gram_distance(student, teacher))
             del group, student, teacher  # before the next ones are taken
     return tuple(torch.cat(distances).sum(dim=(0, 2)).mean() for distances in losses)  # (L, B, H) -> (B,) -> ()
 
@@ -115,92 +143,45 @@ def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student
     return torch.stack(terms).sum() / len(student)
 
 
-class _GramDistance(torch.autograd.Function):
-    """|| A A^T / ||A A^T||_F - B B^T / ||B B^T||_F ||_F by d x d products: a, b (..., N, d) -> (...). No gradient to b.
+@dataclass(frozen=True)
+class Distillation:
+    """What is learned from a teacher, and how much each part counts.
 
-    With <A A^T, B B^T>_F = ||A^T B||_F^2 the squared distance is 2 - 2 cos; but 1 - cos in float32 leaves no digit of a
-    distance below 3e-4, and a gradient of noise. So scale A and B to norm 1 (the distance stays), take M = A - B, and
-    expand in what vanishes with M. With K = M^T M, X = M^T B, C = B^T B:
+    Attributes:
+        distillation_type: 'none'; 'soft', T^2-scaled KL divergence to the teacher's logits; 'hard', cross-entropy with
+            the teacher's decision as the label; 'both', T^2-scaled KL divergence of an image, mean over the heads (soft
+            divides by the number of classes as well, which leaves it next to no weight).
+        distillation_alpha: share of distillation, in [0, 1]; not used with 'none'.
+        distillation_tau: temperature T.
+        dgd_weight: weight of DGD; 0 leaves it out at no cost.
+        token_weight: weight of token distillation; 0 leaves it out.
 
-        s = ||A A^T - B B^T||^2    = <K, K + 4 X + 2 C> + 2 <X, X^T>
-        t = <A A^T - B B^T, B B^T> = <X, X + 2 C>,             e = s + 2 t
-        b2 = ||B B^T|| = ||C||,    a2 = ||A A^T|| = sqrt(b2^2 + e),    a2 - b2 = e / (a2 + b2)
-        distance^2 = 2 (1 - cos) = 2 / (a2 (a2 + b2)) * (s - t (a2 - b2) / b2)
-        d(distance^2)/dA = 4 (cos / a2^2 A A^T A - 1 / (a2 b2) B B^T A)
-                         = 4 M (p A^T A) + 4 B (p (K + X) + r (X^T + C))
-        p = cos / a2^2,    r = p - 1 / (a2 b2) = -((a2 - b2) + (1 - cos) b2) / (a2^2 b2)
-
-    Rounding errors are then relative to A - B. (For B = A Q, Q a rotation, the error is again that of 1 - cos.) A zero
-    matrix has a zero normalised Gram matrix: distance 1 to any other, 0 to another zero. The gradient there, and the
-    subgradient wherever the distance is 0, is 0.
+    Raises:
+        UserError: a value out of range.
     """
+    distillation_type: str = 'none'
+    distillation_alpha: float = 0.5
+    distillation_tau: float = 1.
+    dgd_weight: float = 0.
+    token_weight: float = 0.
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
-        # The gradient is computed here, while a piece of a and b is in the cache: it alone is kept.
-        distance, grad = a.new_empty(a.shape[:-2]), a.new_empty(a.shape)
-        _GramDistance._by_pieces(a, b, distance, grad)
-        ctx.save_for_backward(grad)
-        return distance
+    def __post_init__(self) -> None:
+        if self.distillation_type not in DISTILLATION_TYPES:
+            raise UserError(f'--distillation-type {self.distillation_type} is unknown: choose none, soft, hard or both')
+        if not 0 <= self.distillation_alpha <= 1:
+            raise UserError(f'--distillation-alpha {self.distillation_alpha} is not a share: choose a value from 0 '
+                            'to 1')
+        if not self.distillation_tau > 0:
+            raise UserError(f'--distillation-tau {self.distillation_tau} is no temperature: choose a value above 0')
+        if not self.dgd_weight >= 0:
+            raise UserError(f'--dgd-weight {self.dgd_weight} is negative: choose 0 (off) or a value above')
+        if not self.token_weight >= 0:
+            raise UserError(f'--token-weight {self.token_weight} is negative: choose 0 (off) or a value above')
 
-    @staticmethod
-    def _by_pieces(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
-        images = cache_piece(a.shape[1], a[:, :1].numel() // 2, a)
-        for tensors in zip(*(tensor.split(images, 1) for tensor in (a, b, distance, grad)), strict=True):
-            _distance_and_gradient_(*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * grad[..., None, None], None
-
-
-def _distance_and_gradient_(a: Tensor, b: Tensor, distance: Tensor, grad: Tensor) -> None:
-    """Into `distance`, (...), that of a and b, (..., N, d), and into `grad`, (..., N, d), its gradient to a."""
-    # What norms, sums and products run over is contiguous: strided, each of them takes a multiple of the time.
-    m, b = torch.empty_like(grad), b.contiguous()
-    norm_a, norm_b = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (a, b))  # (..., 1, 1)
-    has_a, has_b = norm_a != 0, norm_b != 0
-    norm_a, norm_b = torch.where(has_a, norm_a, 1), torch.where(has_b, norm_b, 1)
-    torch.mul(a, norm_b / norm_a, out=m).sub_(b)  # M and B times ||B||: their products, (..., d, d), times its square
-    k, x_t, c = m.mT @ m, b.mT @ m, b.mT @ b
-    x = x_t.mT.contiguous()
-    u, v = k + x, x_t + c  # K + X and X^T + C
-    inverse = norm_b ** -2
-
-    def inner(first: Tensor, second: Tensor) -> Tensor:
-        """Of the products without ||B||^2, (..., 1, 1)."""
-        return torch.linalg.vecdot(first.flatten(-2), second.flatten(-2))[..., None, None] * inverse * inverse
-
-    t = inner(x_t, v + c)
-    s = inner(k, u.add(x_t).add_(v, alpha=2)) + 2 * inner(x, x_t)
-    e = s + 2 * t
-    # At norm 1, a Gram matrix of rank at most d has ||C||^2 >= 1/d: the floor is reached by zero matrices alone.
-    b4 = inner(c, c).clamp_min(1e-12)
-    a2, b2 = (b4 + e).clamp_min(1e-12).sqrt(), b4.sqrt()
-    difference = e / (a2 + b2)
-    one_minus_cos = (s - t * difference / b2) / (a2 * (a2 + b2))
-    nonzero = has_a & has_b
-    far = torch.where(nonzero, (2 * one_minus_cos).clamp_min(0).sqrt(), (has_a ^ has_b).to(a.dtype))
-    distance.copy_(far[..., 0, 0])
-
-    # d(distance) = d(distance^2) / (2 distance); the divisions by the norms undo the scaling of A, M, B and products.
-    factor = torch.where(nonzero & (far > 0), 2 / far, 0) / (norm_a * norm_b) * inverse
-    p = factor * (1 - one_minus_cos) / a2.square()
-    r = -factor * (difference + one_minus_cos * b2) / (a2.square() * b2)
-    u *= p
-    torch.matmul(m, torch.addcmul(u, v, p), out=grad)
-    grad.flatten(0, -3).baddbmm_(b.flatten(0, -3), u.addcmul_(v, r).flatten(0, -3))
-
-
-def _gram_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Distances of the normalised Gram matrices of a, (..., N, d), and b, (..., N, d'): (...)."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    if a.shape[-1] != b.shape[-1]:  # columns of zeros leave the Gram matrix as it is
-        width = max(a.shape[-1], b.shape[-1])
-        a, b = F.pad(a, (0, width - a.shape[-1])), F.pad(b, (0, width - b.shape[-1]))
-    return _GramDistance.apply(a, b)
+    @property
+    def compares_blocks(self) -> bool:
+        """Whether what happens inside the two networks is compared."""
+        return self.dgd_weight > 0 or self.token_weight > 0
 
 
 class DistillationLoss(nn.Module):
@@ -208,49 +189,35 @@ class DistillationLoss(nn.Module):
 
     Args:
         base_criterion: criterion(logits, labels) of the class head.
-        teacher: needed by distillation and by DGD, for which it must return q and k; one forward per batch.
-        distillation_type: 'none'; 'soft', T^2-scaled KL divergence to the teacher's logits at temperature T = `tau`;
-            'hard', cross-entropy with the teacher's decision as the label; 'both', T^2-scaled KL divergence of an
-            image, mean over the heads (soft divides by the classes' number as well, which leaves it next to no weight).
-        alpha: share of distillation, in [0, 1]; not used with 'none'.
-        tau: temperature of soft distillation.
-        dgd_weight: weight of DGD; 0 leaves it out at no cost.
+        teacher: needed by distillation, by DGD, for which it must return q and k, and by token distillation, for which
+            it must return tokens; one forward per batch.
+        distillation: what is learned from it.
         student_prefix_tokens: class, distillation and register tokens of the student.
-        token_weight: weight of token distillation, with `student`, whose blocks' outputs it reads, and a teacher that
-            keeps its own.
         stored_labels: the labels of every batch are `SoftLabels`: distillation needs no teacher.
 
     Raises:
-        UserError: a value out of range, or a teacher that is missing.
+        UserError: a teacher is missing.
     """
 
-    def __init__(
-            self, base_criterion: nn.Module, teacher: Teacher | None, distillation_type: str, alpha: float, tau: float,
-            dgd_weight: float, student_prefix_tokens: int = 2, token_weight: float = 0.,
-            student: nn.Module | None = None, stored_labels: bool = False,
-    ) -> None:
+    def __init__(self, base_criterion: nn.Module, teacher: Teacher | None, distillation: Distillation,
+                 student_prefix_tokens: int = 2, stored_labels: bool = False) -> None:
         super().__init__()
-        if distillation_type not in DISTILLATION_TYPES:
-            raise UserError(f'--distillation-type {distillation_type} is unknown: choose none, soft, hard or both')
-        if not 0 <= alpha <= 1:
-            raise UserError(f'--distillation-alpha {alpha} is not a share: choose a value from 0 to 1')
-        if not tau > 0:
-            raise UserError(f'--distillation-tau {tau} is no temperature: choose a value above 0')
-        if not dgd_weight >= 0:
-            raise UserError(f'--dgd-weight {dgd_weight} is negative: choose 0 (off) or a value above')
-        if teacher is None and (distillation_type != 'none' and not stored_labels or dgd_weight > 0):
-            raise UserError(f'--distillation-type {distillation_type} with --dgd-weight {dgd_weight} needs a teacher: '
+        kind, dgd_weight = distillation.distillation_type, distillation.dgd_weight
+        if teacher is None and (kind != 'none' and not stored_labels or distillation.compares_blocks):
+            raise UserError(f'--distillation-type {kind} with --dgd-weight {dgd_weight} needs a teacher: '
                             'name one, or pass --distillation-type none --dgd-weight 0')
         assert dgd_weight == 0 or teacher.return_qk, 'DGD needs Teacher(..., return_qk=True)'
-        self.base_criterion, self.teacher, self.student_prefix_tokens = base_criterion, teacher, student_prefix_tokens
-        self.distillation_type, self.alpha, self.tau, self.dgd_weight = distillation_type, alpha, tau, dgd_weight
-        self.token_weight = token_weight
-        self._student_tokens = BlockHooks(student) if token_weight else None
+        assert distillation.token_weight == 0 or teacher.return_tokens, 'tokens need Teacher(..., return_tokens=True)'
+        self.base_criterion, self.teacher, self.distillation = base_criterion, teacher, distillation
+        self.student_prefix_tokens = student_prefix_tokens
 
-    def forward(
-            self, inputs: Tensor, outputs: Tensor | Pair, labels: Tensor | SoftLabels,
-            student_qk: Sequence[Pair] | None = None,
-    ) -> dict[str, Tensor]:
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether the student is to be called with return_blocks=True."""
+        return self.distillation.compares_blocks
+
+    def forward(self, inputs: Tensor, outputs: Tensor | Pair, labels: Tensor | SoftLabels,
+                student_blocks: Sequence[BlockOutputs] | None = None) -> dict[str, Tensor]:
         """Loss of one batch.
 
         Args:
@@ -258,7 +225,7 @@ class DistillationLoss(nn.Module):
             outputs: logits (B, classes), or (logits, distillation logits) of a student with a distillation token.
                 Without distillation a pair counts by its mean, which is what evaluation uses.
             labels: whatever the base criterion takes, (B,) or (B, classes); or `SoftLabels`, to distil from these.
-            student_qk: per layer (q, k) of the student after rectification, each (B, heads, N, d); used by DGD alone.
+            student_blocks: what happened in each block of the student; where `needs_blocks`.
 
         Returns:
             0-dim tensors: 'loss', to backpropagate; for the log, unweighted and detached, 'loss_cls' and, where they
@@ -267,36 +234,49 @@ class DistillationLoss(nn.Module):
         Raises:
             UserError: distillation from a student without a distillation head, or a teacher with other classes.
         """
-        is_pair = not isinstance(outputs, Tensor)
-        if self.distillation_type != 'none' or self.dgd_weight > 0 or self.token_weight > 0:
-            if isinstance(labels, SoftLabels):
-                teacher_logits, labels = labels.logits((outputs[0] if is_pair else outputs).shape[-1]), labels.labels
-            else:
-                teacher_logits, teacher_qk = self.teacher(inputs)
-                teacher_qk = deque(teacher_qk)
-        parts = {}
-        if self.distillation_type == 'none':
-            logits = (outputs[0] + outputs[1]) / 2 if is_pair else outputs
-            loss = parts['loss_cls'] = self.base_criterion(logits, labels)
-        else:
-            if not is_pair:
-                raise UserError(f'--distillation-type {self.distillation_type} needs a student with a distillation '
-                                'token, which returns two heads: choose one, or pass --distillation-type none')
-            logits, dist_logits = outputs
-            parts['loss_cls'] = self.base_criterion(logits, labels)
-            parts['loss_distill'] = self._distill(logits, dist_logits, teacher_logits)
-            loss = (1 - self.alpha) * parts['loss_cls'] + self.alpha * parts['loss_distill']
-
-        if self.dgd_weight > 0:
-            assert student_qk is not None, 'dgd_weight > 0 needs the q and k of the student'
-            parts['loss_dgd_q'], parts['loss_dgd_k'] = distribution_guided_distillation(
-                student_qk, _given_up(teacher_qk), self.student_prefix_tokens, self.teacher.num_prefix_tokens)
-            loss = loss + self.dgd_weight * (parts['loss_dgd_q'] + parts['loss_dgd_k'])
-        if self.token_weight > 0:
-            parts['loss_tokens'] = token_distance(self._student_tokens.take(), self.teacher.take_tokens(),
-                                                  self.student_prefix_tokens, self.teacher.num_prefix_tokens)
-            loss = loss + self.token_weight * parts['loss_tokens']
+        weights, teacher_blocks = self.distillation, []
+        logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+        teacher_logits = None
+        if isinstance(labels, SoftLabels):
+            teacher_logits, labels = labels.logits(logits.shape[-1]), labels.labels
+        elif weights.distillation_type != 'none' or weights.compares_blocks:
+            teacher_logits, teacher_blocks = self.teacher(inputs)
+        parts = self._of_logits(outputs, labels, teacher_logits)
+        loss = parts.pop('loss')
+        if weights.compares_blocks:
+            assert student_blocks is not None, 'comparing blocks needs those of the student'
+            of_blocks = self._of_blocks(student_blocks, teacher_blocks)
+            loss = loss + of_blocks.pop('loss')
+            parts |= of_blocks
         return {'loss': loss} | {name: part.detach() for name, part in parts.items()}
+
+    def _of_logits(self, outputs: Tensor | Pair, labels: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+        """'loss', the weighted sum, and the parts that it is made of."""
+        kind, alpha = self.distillation.distillation_type, self.distillation.distillation_alpha
+        is_pair = not isinstance(outputs, Tensor)
+        if kind == 'none':
+            cls = self.base_criterion((outputs[0] + outputs[1]) / 2 if is_pair else outputs, labels)
+            return {'loss': cls, 'loss_cls': cls}
+        if not is_pair:
+            raise UserError(f'--distillation-type {kind} needs a student with a distillation token, which returns two '
+                            'heads: choose one, or pass --distillation-type none')
+        cls, distill = self.base_criterion(outputs[0], labels), self._distill(*outputs, teacher_logits)
+        return {'loss': (1 - alpha) * cls + alpha * distill, 'loss_cls': cls, 'loss_distill': distill}
+
+    def _of_blocks(self, student: Sequence[BlockOutputs], teacher: list[BlockOutputs]) -> dict[str, Tensor]:
+        """'loss', the weighted sum, and the parts that it is made of. Empties the teacher's list."""
+        weights, prefixes = self.distillation, (self.student_prefix_tokens, self.teacher.num_prefix_tokens)
+        loss, parts = 0., {}
+        teacher_tokens, teacher_qk = [block.tokens for block in teacher], deque((b.q, b.k) for b in teacher)
+        teacher.clear()
+        if weights.dgd_weight > 0:
+            parts['loss_dgd_q'], parts['loss_dgd_k'] = distribution_guided_distillation(
+                [(block.q, block.k) for block in student], _given_up(teacher_qk), *prefixes)
+            loss = loss + weights.dgd_weight * (parts['loss_dgd_q'] + parts['loss_dgd_k'])
+        if weights.token_weight > 0:
+            parts['loss_tokens'] = token_distance([block.tokens for block in student], teacher_tokens, *prefixes)
+            loss = loss + weights.token_weight * parts['loss_tokens']
+        return {'loss': loss} | parts
 
     def _distill(self, logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Soft: T^2 KL(teacher || student) of logits / T, DeiT's sum over B and classes / (B * classes). Hard: CE.
@@ -304,11 +284,12 @@ class DistillationLoss(nn.Module):
         if dist_logits.shape != teacher_logits.shape:
             raise UserError(f'the teacher has {teacher_logits.shape[-1]} classes, the student {dist_logits.shape[-1]}: '
                             'choose a teacher of the same data set, or pass --distillation-type none')
-        if self.distillation_type == 'hard':
+        kind, tau = self.distillation.distillation_type, self.distillation.distillation_tau
+        if kind == 'hard':
             return F.cross_entropy(dist_logits, teacher_logits.argmax(dim=1))
         dtype = torch.promote_types(dist_logits.dtype, torch.float32)
-        students = (logits, dist_logits) if self.distillation_type == 'both' else (dist_logits,)
-        *students, teacher = (F.log_softmax(x.to(dtype) / self.tau, dim=1) for x in (*students, teacher_logits))
+        students = (logits, dist_logits) if kind == 'both' else (dist_logits,)
+        *students, teacher = (F.log_softmax(x.to(dtype) / tau, dim=1) for x in (*students, teacher_logits))
         divergence = sum(F.kl_div(student, teacher, reduction='sum', log_target=True) for student in students)
-        terms = 2 * len(teacher) if self.distillation_type == 'both' else dist_logits.numel()
-        return divergence * self.tau ** 2 / terms
+        terms = 2 * len(teacher) if kind == 'both' else dist_logits.numel()
+        return divergence * tau ** 2 / terms

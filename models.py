@@ -3,7 +3,9 @@
 They are timm's, under timm's names (`deit_tiny_distilled_patch16_224`) and under those of the published commands
 (`vit_deit_tiny_distilled_patch16_224`). Importing this module registers the latter.
 """
-from collections import deque
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import NamedTuple
 
 import timm
 import torch
@@ -12,8 +14,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from utils import UserError
-
-Pair = tuple[Tensor, Tensor]
 
 __all__: list[str] = []  # the aliases, added as they are registered
 
@@ -37,73 +37,81 @@ for _alias, _target in _TARGETS.items():
     _register_alias(_alias, _target)
 
 
-class BlockHooks:
-    """The tokens, (B, N, D), behind every block in a network's last forward, until they are taken."""
+class BlockOutputs(NamedTuple):
+    """What losses compare of a block.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._tokens: deque[Tensor] = deque(maxlen=len(model.blocks))
-        for block in model.blocks:
-            block.register_forward_hook(self._keep)
-
-    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        self._tokens.append(output if isinstance(output, Tensor) else output[0])
-
-    def take(self) -> list[Tensor]:
-        tokens = list(self._tokens)
-        self._tokens.clear()  # the loss alone keeps them alive
-        return tokens
+    Attributes:
+        tokens: the block's output, (B, N, D).
+        q, k: queries and keys as the scores are computed from them, before any quantization, (B, H, N, d).
+    """
+    tokens: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
 
 
 class Teacher:
-    """A frozen full-precision network that gives logits and, if asked, the queries and keys of every layer.
+    """A frozen full-precision network that gives logits and, if asked, what happens in its blocks.
 
     Not an nn.Module on purpose: its weights stay out of state dicts, optimizers and DDP. The model is put in evaluation
-    mode and frozen in place; moving it to the device of the images is up to the caller.
+    mode and frozen in place; moving it to the device of the images is up to the caller. timm's networks do not return
+    what is inside them, so it is taken by forward hooks; without a request no hook is placed.
 
     Args:
-        model: any classifier; with `return_qk` a timm vision transformer (or one with the same attention modules).
-        return_qk: collect q and k by forward hooks. Without it no hook is placed.
-        keep_tokens: keep the blocks' outputs, too, for `take_tokens`.
+        model: any classifier; with `return_qk` a timm vision transformer (or one with the same attention modules), with
+            `return_tokens` a network of `blocks`.
+        return_qk: give q and k of every block.
+        return_tokens: give the output of every block.
 
     Raises:
         UserError: `return_qk` with a model whose blocks have no timm attention.
     """
 
-    def __init__(self, model: nn.Module, return_qk: bool, keep_tokens: bool = False) -> None:
+    def __init__(self, model: nn.Module, return_qk: bool = False, return_tokens: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._tokens = BlockHooks(model) if keep_tokens else None
-        self.return_qk = return_qk
+        self.return_qk, self.return_tokens = return_qk, return_tokens
         self.num_prefix_tokens: int = getattr(model, 'num_prefix_tokens', 1)
-        self._captured: list[Tensor] = []  # q, k, q, k, ... in the order of the layers
+        self._tokens: list[Tensor] = []
+        self._queries: list[Tensor] = []
+        self._keys: list[Tensor] = []
         attentions = timm_attentions(model) if return_qk else []
         if attentions is None:
             raise UserError(_no_qk_message(model))
         self._depth = len(attentions)
         for attention in attentions:
-            attention.q_norm.register_forward_hook(self._capture)
-            attention.k_norm.register_forward_hook(self._capture)
-
-    def _capture(self, _module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> None:
-        self._captured.append(output)
+            attention.q_norm.register_forward_hook(_appending(self._queries))
+            attention.k_norm.register_forward_hook(_appending(self._keys))
+        for block in model.blocks if return_tokens else ():
+            block.register_forward_hook(_appending(self._tokens))
 
     # no_grad, not inference_mode: the outputs enter products with tensors that require a gradient, and autograd refuses
     # to save inference tensors for backward.
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, list[Pair]]:
-        """One forward on images (B, 3, H, W): logits (B, classes) and per layer (q, k), each (B, heads, N, d).
+    def __call__(self, images: Tensor) -> tuple[Tensor, list[BlockOutputs]]:
+        """One forward on images (B, 3, H, W): logits (B, classes), and what was asked for of every block.
 
-        The list is empty without `return_qk`. Precision is that of the caller's autocast region.
+        The list is empty where nothing was. Precision is that of the caller's autocast region.
         """
-        self._captured = []
+        self._take()
         logits = self.model(images)
-        captured, self._captured = self._captured, []  # the loss alone keeps q and k alive
-        if len(captured) != 2 * self._depth:
+        tokens, queries, keys = self._take()
+        if not len(queries) == len(keys) == self._depth:
             raise UserError(_no_qk_message(self.model))
-        return logits, list(zip(captured[::2], captured[1::2], strict=True))
+        return logits, [BlockOutputs(*outputs) for outputs in zip_longest(tokens, queries, keys)]
 
-    def take_tokens(self) -> list[Tensor]:
-        """Of the last forward the outputs of every block, (B, N, D); given once."""
-        return self._tokens.take()
+    def _take(self) -> list[list[Tensor]]:
+        """What the hooks gathered, which the caller alone keeps alive from now on."""
+        gathered = self._tokens, self._queries, self._keys
+        taken = [list(values) for values in gathered]
+        for values in gathered:
+            values.clear()
+        return taken
+
+
+def _appending(values: list[Tensor]) -> Callable[..., None]:
+    """A forward hook that adds a module's output to `values`."""
+    def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+        values.append(output if isinstance(output, Tensor) else output[0])  # a quantized block gives q and k as well
+    return keep
 
 
 def timm_attentions(model: nn.Module) -> list[nn.Module] | None:

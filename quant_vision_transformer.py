@@ -25,11 +25,10 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from _quan_base import ActQ, Conv2dQ, LinearQ, named_quantizers
+import ops
+from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ, named_quantizers
 from checkpoints.full_precision import adapt_full_precision
-from ops import cpu as native_training
-from ops.attention import quantized_attention
-from ops.lsq import clipped_gelu
+from models import BlockOutputs
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QuantConfig']  # and every variant
 
@@ -48,7 +47,7 @@ class QuantConfig:
 
     Attributes:
         weight_bits, act_bits: bits of the blocks' weights and activations.
-        act_granularity: 'channel' (published), or 'tensor': one step and zero point per activation tensor.
+        act_granularity: 'channel' (published), or 'tensor': one scale and zero point per activation tensor.
         irm: whether q and k pass through the information rectification module.
         quantize_attn: whether q, k, v and the attention probabilities are quantized.
     """
@@ -75,6 +74,8 @@ class QuantConfig:
 
 class QAttention(nn.Module):
     """Q-Attention: (B, N, dim) -> (B, N, dim)."""
+
+    implementation = 'torch'  # of `ops`, which computes the attention of codes: set by `ops.use`
 
     def __init__(self, dim: int, num_heads: int, quant: QuantConfig, qkv_bias: bool = True, attn_drop: float = 0.,
                  proj_drop: float = 0., device=None, dtype=None) -> None:
@@ -108,36 +109,27 @@ class QAttention(nn.Module):
         dropout = None
         if self.training and self.attn_drop > 0:
             dropout = F.dropout(q.new_ones(*q.shape[:-1], q.shape[-2]), self.attn_drop)
-        if self.attn_act.pending:  # its first input, which quantized_attention keeps to itself
+        if self.attn_act.pending:  # it needs its first input, which no product gives away
             with torch.no_grad():  # nothing is kept, so that a checkpointed block can be computed again without this
                 attn = (self.q_act(q) @ self.k_act(k).mT * self.scale).softmax(dim=-1)
                 self.attn_act.qparams(attn if dropout is None else attn * dropout)
         quantizers = self.q_act.qparams(q), self.k_act.qparams(k), self.v_act.qparams(v), self.attn_act.qparams(q)
-        return quantized_attention(q, k, v, quantizers, self.scale, dropout)
+        return ops.get(self.implementation).attention(q, k, v, quantizers, self.scale, dropout)
 
 
 class QMlp(nn.Module):
-    """Q-MLP: (B, N, dim) -> (B, N, dim).
-
-    With gradients and without dropout, `fc2` is called with the output of `fc1` and computes the GELU itself. The
-    compiler chooses by itself what to keep, unless the product is opaque to it.
-    """
+    """Q-MLP: (B, N, dim) -> (B, N, dim). `fc2` computes the GELU of its input itself."""
 
     def __init__(self, dim: int, hidden_dim: int, quant: QuantConfig, drop: float = 0.,
                  device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.fc1 = LinearQ(dim, hidden_dim, **dd, **quant.layer())
-        self.fc2 = LinearQ(hidden_dim, dim, **dd, **quant.layer())
+        self.fc2 = GeluLinearQ(hidden_dim, dim, drop=drop, **dd, **quant.layer())
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        dropout = self.training and self.drop.p
-        compiler_chooses = torch.compiler.is_compiling() and not native_training.is_on()
-        if torch.is_grad_enabled() and not (dropout or compiler_chooses):
-            return self.fc2(x, gelu=True)
-        return self.drop(self.fc2(self.drop(clipped_gelu(x))))
+        return self.drop(self.fc2(self.fc1(x)))
 
 
 class QBlock(nn.Module):
@@ -225,24 +217,24 @@ class QVisionTransformer(VisionTransformerDistilled):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Embeddings, and the steps and zero points of every quantizer."""
-        steps = {f'{name}.{leaf}' for name, module in named_quantizers(self) for leaf in ('alpha', 'zero_point')
-                 if hasattr(module, leaf)}
-        return super().no_weight_decay() | steps
+        """Embeddings, and the scales and zero points of every quantizer."""
+        of_quantizers = {f'{name}.{leaf}' for name, module in named_quantizers(self) for leaf in ('alpha', 'zero_point')
+                         if hasattr(module, leaf)}
+        return super().no_weight_decay() | of_quantizers
 
-    def forward_features(self, x: Tensor, return_qk: bool = False) -> Tensor | tuple[Tensor, list[QK]]:
-        """(B, C, H, W) -> (B, N, dim), tokens after the last norm; with (q~, k~) of every block on request."""
+    def forward_features(self, x: Tensor, return_blocks: bool = False) -> Tensor | tuple[Tensor, list[BlockOutputs]]:
+        """(B, C, H, W) -> (B, N, dim), tokens after the last norm; on request with the outputs of every block."""
         x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
-        qk = []
+        outputs = []
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x, block_qk = checkpoint(block, x, True, use_reentrant=False)
+                x, qk = checkpoint(block, x, True, use_reentrant=False)
             else:
-                x, block_qk = block(x, return_qk=True)
-            if return_qk:
-                qk.append(block_qk)
+                x, qk = block(x, return_qk=True)
+            if return_blocks:
+                outputs.append(BlockOutputs(x, *qk))
         x = self.norm(x)
-        return (x, qk) if return_qk else x
+        return (x, outputs) if return_blocks else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, N, dim) -> logits, a pair of them in distilled training; timm 1.0.9's has no dropout."""
@@ -253,12 +245,12 @@ class QVisionTransformer(VisionTransformerDistilled):
                 return x, x_dist
         return (x + x_dist) / 2
 
-    def forward(self, x: Tensor, return_qk: bool = False):
-        """(B, C, H, W) -> logits; with return_qk (logits, [(q~, k~) of every block]), each (B, H, N, d)."""
-        if not return_qk:
+    def forward(self, x: Tensor, return_blocks: bool = False):
+        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block])."""
+        if not return_blocks:
             return self.forward_head(self.forward_features(x))
-        x, qk = self.forward_features(x, return_qk=True)
-        return self.forward_head(x), qk
+        x, outputs = self.forward_features(x, return_blocks=True)
+        return self.forward_head(x), outputs
 
 
 # --- the registered variants ------------------------------------------------------------------------------------------

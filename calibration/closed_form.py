@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, min_scale, named_quantizers
-from ops.lsq import clipped_gelu
+from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError
 
@@ -205,7 +205,7 @@ def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | 
                                            *layer.code_range))
     if layer.bias is not None:
         layer.bias.copy_(target_mean - layer.quantized_weight().double() @ x_mean)
-    return layer(x if shift is None else x + shift)
+    return layer.linear(x if shift is None else x + shift)
 
 
 # --- IRM --------------------------------------------------------------------------------------------------------------

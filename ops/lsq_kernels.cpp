@@ -275,7 +275,7 @@ void softmax_backward(T* grad, const T* softmax, T* sums, int64_t rows, int64_t 
 #define GRID(T) const T *per_step, const T *zero, int64_t channels, double qn, double qp, double low, double high
 #define OF(T) Grid<T>{per_step, zero, channels, T(qn), T(qp), T(low), T(high)}
 #define DEFINE(T, name)                                                                                               \
-    void lsq_steps_##name(const T* x, T* out, LAYOUT, int gelu, GRID(T), int threads) {                               \
+    void lsq_codes_##name(const T* x, T* out, LAYOUT, int gelu, GRID(T), int threads) {                               \
         (gelu ? steps<true, T> : steps<false, T>)(x, out, AT, OF(T), threads);                                        \
     }                                                                                                                 \
     void lsq_weight_##name(const T* w, const T* step, const T* scale, T* out, int64_t inner, GRID(T), int threads) {  \

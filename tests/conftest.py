@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers import TINY, run
 
-from ops import cpu as native_training
+import _quan_base
+import ops
+from quant_vision_transformer import QAttention
 
 
 @pytest.fixture
@@ -18,19 +20,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def kernels_off():
-    """Quantizers and DGD in torch again, whatever a test enables, as `main` does."""
-    yield
-    native_training.enable(False)
-
-
-@pytest.fixture(params=['torch', 'C++'])
-def kernels(request):
-    """Runs a test with quantizers and DGD in torch, and again with them in C++."""
-    if request.param == 'C++' and shutil.which('g++') is None:
+@pytest.fixture(params=ops.names())
+def implementation(request, monkeypatch) -> str:
+    """Runs a test with each implementation of the quantized products, which all layers of it use."""
+    if request.param == 'cpu' and shutil.which('g++') is None:
         pytest.skip('no C++ compiler')
-    native_training.enable(request.param == 'C++')
+    for kind in (_quan_base._Calibrated, QAttention):
+        monkeypatch.setattr(kind, 'implementation', request.param)
+    return request.param
 
 
 @pytest.fixture(scope='session')

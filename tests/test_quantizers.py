@@ -7,13 +7,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, calibrate, clamp_steps_, first_batch_rule
-from ops import lsq as _lsq
-from ops.attention import quantized_attention
-from ops.lsq import QParams, code_range, fake_quantize, quantized_linear
-from quant_vision_transformer import QMlp, QuantConfig
+from _quan_base import (
+    ActQ,
+    Conv2dQ,
+    LinearQ,
+    UncalibratedError,
+    calibrate,
+    clamp_steps_,
+    first_batch_rule,
+)
 
-pytestmark = pytest.mark.usefixtures('kernels')
+pytestmark = pytest.mark.usefixtures('implementation')
 SHAPES = {'2-D': (6, 5), '3-D': (2, 3, 5), '4-D': (2, 5, 3, 4)}  # five channels each
 LAYER = {'weight_bits': 3, 'act_bits': 4}
 
@@ -120,117 +124,6 @@ def test_weight_gradients_by_hand(make):
     assert (grad_w == 0).any()
     torch.testing.assert_close(layer.weight.grad.flatten(1), grad_w.t(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(layer.alpha.grad, grad_alpha, rtol=1e-10, atol=1e-12)
-
-
-def set_piece_bytes(monkeypatch, size: int) -> None:
-    for name in ('PIECE_BYTES', 'PIECE_BYTES_OF_KERNELS'):
-        monkeypatch.setattr(_lsq, name, size)
-
-
-def composed_linear(x, weight, qx, qw, bias):
-    return F.linear(fake_quantize(x, qx), fake_quantize(weight, qw), bias)
-
-
-def random_lsq(*shape, bits: int, signed: bool, weight: bool = False) -> QParams:
-    step = (torch.rand(shape) * 0.2 + 0.1).requires_grad_()
-    return QParams(step, None if weight else torch.randn(shape).requires_grad_(), *code_range(bits, signed))
-
-
-def gradients(function, tensors, upstream):
-    return torch.autograd.grad(function(), tensors, upstream)
-
-
-@pytest.mark.parametrize('pieces', [False, True])
-@pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('per_tensor', [False, True])
-def test_linear_product_equals_its_composition(monkeypatch, pieces, bias, per_tensor):
-    if pieces:
-        set_piece_bytes(monkeypatch, 5 * 7 * 8)
-    x, weight = torch.randn(4, 6, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
-    qx = random_lsq(1 if per_tensor else 7, bits=4, signed=True)
-    qw = random_lsq(3, 1, bits=3, signed=True, weight=True)
-    b = torch.randn(3, requires_grad=True) if bias else None
-    tensors, upstream = [x, weight, qx.step, qx.zero, qw.step] + [b] * bias, torch.randn(4, 6, 3)
-    torch.testing.assert_close(quantized_linear(x, weight, qx, qw, b), composed_linear(x, weight, qx, qw, b))
-    ours = gradients(lambda: quantized_linear(x, weight, qx, qw, b), tensors, upstream)
-    theirs = gradients(lambda: composed_linear(x, weight, qx, qw, b), tensors, upstream)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize('pieces', [False, True])
-def test_linear_product_of_a_gelu_equals_its_composition(monkeypatch, pieces):
-    if pieces:
-        set_piece_bytes(monkeypatch, 5 * 7 * 8)
-    x, weight = torch.randn(4, 6, 7) * 3, torch.randn(3, 7, requires_grad=True)
-    x[0, 0] = torch.tensor([9.9, 10.1, 25., -10.1, -25., 0., 10.])
-    qx, qw = random_lsq(7, bits=8, signed=True), random_lsq(3, 1, bits=3, signed=True, weight=True)
-    x.requires_grad_()
-    tensors, upstream = [x, weight, qx.step, qx.zero, qw.step], torch.randn(4, 6, 3)
-
-    def composed():
-        return composed_linear(F.gelu(x).clamp(-10, 10), weight, qx, qw, None)
-
-    def fused():
-        return quantized_linear(x, weight, qx, qw, gelu=True)
-
-    torch.testing.assert_close(fused(), composed())
-    theirs = gradients(composed, tensors, upstream)
-    for mine, other in zip(gradients(fused, tensors, upstream), theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
-    assert theirs[0][0, 0, 2] == 0
-
-
-@pytest.mark.parametrize('pieces', [False, True])
-@pytest.mark.parametrize('with_dropout', [False, True])
-def test_attention_equals_its_composition(monkeypatch, pieces, with_dropout):
-    if pieces:
-        set_piece_bytes(monkeypatch, 2 * 3 * 5 * 5 * 8)
-    q, k, v = (torch.randn(5, 5, 3, 4).transpose(1, 2).requires_grad_() for _ in range(3))  # (B, H, N, d), strided
-    quantizers = tuple(random_lsq(3, 1, 1, bits=4, signed=signed) for signed in (True, True, True, False))
-    dropout = F.dropout(torch.ones(5, 3, 5, 5), 0.3) if with_dropout else None
-
-    def composed():
-        attn = (fake_quantize(q, quantizers[0]) @ fake_quantize(k, quantizers[1]).mT * 0.5).softmax(-1)
-        attn = attn if dropout is None else attn * dropout
-        return fake_quantize(attn, quantizers[3]) @ fake_quantize(v, quantizers[2])
-
-    def fused():
-        return quantized_attention(q, k, v, quantizers, 0.5, dropout)
-
-    tensors = [q, k, v] + [tensor for quantizer in quantizers for tensor in (quantizer.step, quantizer.zero)]
-    upstream = torch.randn(5, 3, 5, 4)
-    torch.testing.assert_close(fused(), composed())
-    for mine, other in zip(gradients(fused, tensors, upstream), gradients(composed, tensors, upstream), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
-
-
-def kept_bytes(forward) -> int:
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        keep = forward()
-    return sum(storages.values()) if keep is not None else 0
-
-
-def test_training_keeps_what_full_precision_keeps():
-    x, plain, layer = torch.randn(64, 50, 32, requires_grad=True), nn.Linear(32, 64), LinearQ(32, 64, **LAYER)
-    calibrate(layer, x)
-    steps = sum(tensor.nbytes for tensor in (layer.alpha, layer.act.alpha, layer.act.zero_point))
-    assert kept_bytes(lambda: layer.train()(x)) <= kept_bytes(lambda: plain(x)) + steps
-
-    mlp, fc1, fc2 = QMlp(32, 128, QuantConfig(4, 4)), nn.Linear(32, 128), nn.Linear(128, 32)
-    calibrate(mlp, x)
-    hidden = x.nbytes // 32 * 128  # GELU's output, which the quantized one does not keep
-    assert kept_bytes(lambda: mlp.train()(x)) < kept_bytes(lambda: fc2(F.gelu(fc1(x)))) - 0.9 * hidden
-
-    q = torch.randn(2, 3, 200, 8, requires_grad=True)
-    quantizers = tuple(random_lsq(3, 1, 1, bits=4, signed=True) for _ in range(4))
-    assert kept_bytes(lambda: quantized_attention(q, q, q, quantizers, 1.)) < 2 * q.nbytes  # and no 200 x 200 map
 
 
 @pytest.mark.parametrize('bits', [2, 3, 4])

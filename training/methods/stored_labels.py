@@ -18,7 +18,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -30,38 +29,12 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from datasets import normalized
+from losses import SoftLabels
 from utils import UserError
 
-__all__ = ['SoftLabels', 'StoredCrops', 'StoredLabels', 'fingerprint', 'raw_image', 'take_crop', 'top_k']
+__all__ = ['StoredCrops', 'StoredLabels', 'fingerprint', 'raw_image', 'take_crop', 'top_k']
 
 FORMAT = 'soft labels 1'
-SMALLEST = 2.0 ** -25  # what half precision rounds to 0 is less than this
-
-
-class SoftLabels(NamedTuple):
-    """The labels of a batch and a teacher's answers; of an item, without the first axis.
-
-    Attributes:
-        labels: (B,)
-        indices: the classes of the K largest probabilities, (B, K).
-        values: these, (B, K).
-    """
-    labels: Tensor
-    indices: Tensor
-    values: Tensor
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> SoftLabels:
-        return SoftLabels(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
-
-    def probabilities(self, num_classes: int) -> Tensor:
-        """(B, num_classes), with what is missing to 1 spread evenly over the classes beyond the K."""
-        values = self.values.float()
-        rest = (1 - values.sum(1, keepdim=True)).clamp_min(0) / max(1, num_classes - values.shape[1])
-        return rest.repeat(1, num_classes).scatter_(1, self.indices.long(), values)
-
-    def logits(self, num_classes: int) -> Tensor:
-        """The teacher's logits up to a constant, which softmax takes away at any temperature: (B, num_classes)."""
-        return self.probabilities(num_classes).clamp_min(SMALLEST).log()
 
 
 def top_k(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
