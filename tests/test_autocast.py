@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from _quan_base import ActQ, Conv2dQ, LinearQ, calibrate
-from ops import lsq as _lsq
+from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ, calibrate
+from ops import clipped_gelu
+from ops.torch_kernels import TorchKernels
 from quant_vision_transformer import QAttention, QBlock, QMlp, QuantConfig
 
-pytestmark = pytest.mark.usefixtures('kernels')
+pytestmark = pytest.mark.usefixtures('implementation')
 LAYER, QUANT = {'weight_bits': 4, 'act_bits': 4}, QuantConfig(4, 4)
 TOKENS, IMAGES = (8, 20, 32), (2, 3, 8, 8)
 LAYERS = {  # module, shape of its input
@@ -25,15 +26,9 @@ CHAINS = {  # of layers that quantize what others computed in bfloat16
 }
 
 
-class ClippedGELU(nn.Module):
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _lsq.clipped_gelu(x)
-
-
-def output_and_gradients(module: nn.Module, x: Tensor, **options) -> dict[str, Tensor]:
+def output_and_gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
-    out = module(x, **options)
+    out = module(x)
     out = out[0] if isinstance(out, tuple) else out
     names, parameters = zip(*module.named_parameters(), strict=True)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -63,17 +58,28 @@ def test_a_layer_has_the_error_of_bfloat16_products(name):
     assert all(error <= 0.01 for error in found.values()), found
 
 
+class Composed(nn.Module):
+    """A layer of clipped_gelu(x), as two steps."""
+
+    def __init__(self, layer: LinearQ) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.linear(clipped_gelu(x))
+
+
 def test_pieces_of_a_gelu_in_half_precision(monkeypatch):
-    for name in ('PIECE_BYTES', 'PIECE_BYTES_OF_KERNELS'):
-        monkeypatch.setattr(_lsq, name, 5 * 32 * 4)
+    for kernels in TorchKernels.__subclasses__() + [TorchKernels]:
+        monkeypatch.setattr(kernels, 'piece_bytes', 5 * 32 * 4)
     torch.manual_seed(0)
-    layer, x = LinearQ(32, 8, **LAYER), torch.randn(TOKENS).bfloat16()
+    layer, x = GeluLinearQ(32, 8, **LAYER), torch.randn(TOKENS).bfloat16()
     calibrate(layer, x.float())
     with torch.autocast('cpu', torch.bfloat16):
-        fused = output_and_gradients(layer, x, gelu=True)
-        composed = output_and_gradients(nn.Sequential(ClippedGELU(), layer), x)
+        fused = output_and_gradients(layer, x)
+        composed = output_and_gradients(Composed(layer), x)
     for name, value in fused.items():
-        torch.testing.assert_close(value, composed[name if name in ('output', 'x') else f'1.{name}'])
+        torch.testing.assert_close(value, composed[name if name in ('output', 'x') else f'layer.{name}'])
 
 
 @pytest.mark.parametrize('name', CHAINS)

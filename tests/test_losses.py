@@ -1,5 +1,6 @@
 """losses.py against plain N x N Gram matrices, DeiT's formulas, and the inputs that break naive versions."""
 
+import gc
 import weakref
 
 import pytest
@@ -10,11 +11,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import DistillationLoss, check_dgd_compatible, distribution_guided_distillation, token_distance
-from models import Teacher
+from losses import (
+    Distillation,
+    DistillationLoss,
+    check_dgd_compatible,
+    distribution_guided_distillation,
+    token_distance,
+)
+from models import BlockOutputs, Teacher
 from utils import UserError
 
-pytestmark = pytest.mark.usefixtures('kernels')
 DISTILLED, PLAIN = 'deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224'
 
 
@@ -45,6 +51,15 @@ def reference_dgd(student_qk, teacher_qk, which):
     return per_image.mean()
 
 
+def blocks(qk):
+    return [BlockOutputs(None, *pair) for pair in qk]
+
+
+def criterion(teacher, kind='none', alpha=0.5, tau=1., dgd_weight=0., token_weight=0.):
+    """The loss with cross-entropy as its base."""
+    return DistillationLoss(nn.CrossEntropyLoss(), teacher, Distillation(kind, alpha, tau, dgd_weight, token_weight))
+
+
 def gradients(loss, qk):
     return torch.autograd.grad(loss, [x for pair in qk for x in pair])
 
@@ -73,13 +88,13 @@ def test_dgd_lets_go_of_the_teacher_layer_by_layer(monkeypatch):
         def __call__(self, images):
             qk = random_qk(layers=4, seed=1)
             self.alive = [weakref.ref(q) for q, _ in qk]
-            return torch.randn(2, 5), qk
+            return torch.randn(2, 5), blocks(qk)
 
-    teacher, alive, distance = Layers(), [], losses._gram_distance
-    monkeypatch.setattr(losses, '_gram_distance', lambda *pair: alive.append(
+    teacher, alive, distance = Layers(), [], losses.gram_distance
+    monkeypatch.setattr(losses, 'gram_distance', lambda *pair: alive.append(
         sum(ref() is not None for ref in teacher.alive)) or distance(*pair))
-    criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, 'none', 0.5, 1., 1.)
-    criterion(torch.zeros(2, 3, 8, 8), torch.randn(2, 5), torch.tensor([0, 1]), random_qk(layers=4))
+    criterion(teacher, dgd_weight=1.)(torch.zeros(2, 3, 8, 8), torch.randn(2, 5), torch.tensor([0, 1]),
+                                      blocks(random_qk(layers=4)))
     assert alive == [4, 4, 3, 3, 2, 2, 1, 1]  # q and k of four layers
 
 
@@ -165,23 +180,24 @@ def test_teacher_returns_what_the_attention_multiplies(qk_norm, monkeypatch):
     teacher = Teacher(model.train(), return_qk=True)
     for _ in range(2):  # nothing is left over from one call to the next
         multiplied.clear()
-        logits, qk = teacher(images)
-        assert len(qk) == len(multiplied) == 2
-        for ours, theirs in zip(qk, multiplied, strict=True):
-            assert ours[0].shape == (2, 3, 5, 16)  # (B, heads, 4 patches + class token, d)
-            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        logits, found = teacher(images)
+        assert len(found) == len(multiplied) == 2
+        for ours, theirs in zip(found, multiplied, strict=True):
+            assert ours.q.shape == (2, 3, 5, 16) and ours.tokens is None  # (B, heads, 4 patches + class token, d)
+            assert torch.equal(ours.q, theirs[0]) and torch.equal(ours.k, theirs[1])
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert not logits.requires_grad and not logits.is_inference() and not qk[0][0].is_inference()
+    assert not logits.requires_grad and not logits.is_inference() and not found[0].q.is_inference()
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert teacher(images)[1][0][0].dtype == torch.bfloat16
+        assert teacher(images)[1][0].q.dtype == torch.bfloat16
 
 
 def test_teacher_keeps_nothing_and_recovers_from_a_failed_forward():
     model = tiny()
     teacher = Teacher(model, return_qk=True)
     images = torch.randn(1, 3, 32, 32)
-    teacher(images)
-    assert teacher._captured == []
+    alive = [weakref.ref(block.q) for block in teacher(images)[1]]
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
     broken = model.blocks[1].register_forward_pre_hook(lambda *_args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher(images)
@@ -224,14 +240,14 @@ def test_check_dgd_compatible_names_what_has_no_attention():
 class FixedTeacher:
     """Stands in for a Teacher: known logits, q and k, and a count of its calls."""
 
-    num_prefix_tokens, return_qk = 2, True
+    num_prefix_tokens, return_qk, return_tokens = 2, True, True
 
     def __init__(self, logits, qk=()):
         self.logits, self.qk, self.calls = logits, list(qk), 0
 
     def __call__(self, images):
         self.calls += 1
-        return self.logits, self.qk
+        return self.logits, blocks(self.qk)
 
 
 @pytest.fixture
@@ -244,17 +260,17 @@ def batch():
 
 def test_without_distillation_the_teacher_never_runs(batch):
     teacher = FixedTeacher(batch['teacher'])
-    loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, 'none', 0.5, 1., 0.)
+    loss = criterion(teacher)
     single, mean = batch['pair'][0], (batch['pair'][0] + batch['pair'][1]) / 2
     for outputs, logits in ((single, single), (batch['pair'], mean)):
-        parts = loss(batch['images'], outputs, batch['labels'], student_qk=random_qk())
+        parts = loss(batch['images'], outputs, batch['labels'], student_blocks=blocks(random_qk()))
         assert set(parts) == {'loss', 'loss_cls'}
         torch.testing.assert_close(parts['loss'], F.cross_entropy(logits, batch['labels']))
     assert teacher.calls == 0
 
 
 def test_hard_distillation(batch):
-    loss = DistillationLoss(nn.CrossEntropyLoss(), FixedTeacher(batch['teacher']), 'hard', 0.3, 1., 0.)
+    loss = criterion(FixedTeacher(batch['teacher']), 'hard', 0.3)
     parts = loss(batch['images'], batch['pair'], batch['labels'])
     cls = F.cross_entropy(batch['pair'][0], batch['labels'])
     distill = F.cross_entropy(batch['pair'][1], batch['teacher'].argmax(1))
@@ -266,7 +282,7 @@ def test_hard_distillation(batch):
 
 
 def test_soft_distillation_has_deits_normalisation(batch):
-    loss = DistillationLoss(nn.CrossEntropyLoss(), FixedTeacher(batch['teacher']), 'soft', 0.3, 3., 0.)
+    loss = criterion(FixedTeacher(batch['teacher']), 'soft', 0.3, 3.)
     parts = loss(batch['images'], batch['pair'], batch['labels'])
     p, q = ((x / 3).softmax(1) for x in (batch['teacher'], batch['pair'][1]))
     torch.testing.assert_close(parts['loss_distill'], (9 * (p * (p / q).log()).sum() / (4 * 10)).detach())
@@ -275,7 +291,7 @@ def test_soft_distillation_has_deits_normalisation(batch):
 
 
 def test_distillation_of_both_heads(batch):
-    loss = DistillationLoss(nn.CrossEntropyLoss(), FixedTeacher(batch['teacher']), 'both', 0.3, 3., 0.)
+    loss = criterion(FixedTeacher(batch['teacher']), 'both', 0.3, 3.)
     parts = loss(batch['images'], batch['pair'], batch['labels'])
     p = (batch['teacher'] / 3).softmax(1)
     divergences = [9 * (p * (p / (x / 3).softmax(1)).log()).sum(1).mean() for x in batch['pair']]
@@ -298,22 +314,25 @@ def test_token_distance_by_hand():
     assert all(x.grad.abs().sum() > 0 for x in ours)
 
 
-def test_tokens_are_those_of_the_batch_at_hand():
+def outputs_of_blocks(model, images):
+    """The tokens behind each block, computed step by step."""
+    x, found = model._pos_embed(model.patch_embed(images)), []
+    for block in model.blocks:
+        x = block(x)
+        found.append(x)
+    return found
+
+
+def test_tokens_are_compared_block_by_block(batch):
     teacher, student = tiny(PLAIN), tiny()
-    student.set_distilled_training(True)
-    wrapped = Teacher(teacher, return_qk=False, keep_tokens=True)
-    loss = DistillationLoss(nn.CrossEntropyLoss(), wrapped, 'both', 1., 1., 0., 2, 0.5, student)
-    student.eval()(torch.randn(5, 3, 32, 32))  # an evaluation in between leaves nothing behind
-    images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
-    parts = loss(images, student.train()(images), labels)
+    wrapped = Teacher(teacher, return_tokens=True)
+    loss = criterion(wrapped, 'both', 1., token_weight=0.5)
+    assert loss.needs_blocks
+    images, outputs = batch['images'], tuple(logits.float() for logits in batch['pair'])
     with torch.no_grad():
-        seen = [[], []]
-        for net, into in zip((student, teacher), seen, strict=True):
-            x = net._pos_embed(net.patch_embed(images))
-            for block in net.blocks:
-                x = block(x)
-                into.append(x)
-        wanted = token_distance(*seen, 2, 1)
+        ours, theirs = outputs_of_blocks(student, images), outputs_of_blocks(teacher, images)
+    parts = loss(images, outputs, batch['labels'], [BlockOutputs(tokens) for tokens in ours])
+    wanted = token_distance(ours, theirs, 2, 1)
     torch.testing.assert_close(parts['loss_tokens'], wanted)
     torch.testing.assert_close(parts['loss'].detach(), parts['loss_distill'] + 0.5 * wanted)
 
@@ -322,11 +341,10 @@ def test_tokens_are_those_of_the_batch_at_hand():
 def test_dgd_is_weighted_into_the_total(batch, distillation_type):
     student, teacher_qk = require_grad(random_qk(batch=4)), random_qk(batch=4, seed=1)
     teacher = FixedTeacher(batch['teacher'], teacher_qk)
-    without = DistillationLoss(nn.CrossEntropyLoss(), teacher, distillation_type, 0.5, 1., 0.)
-    loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, distillation_type, 0.5, 1., 0.25)
+    without, loss = criterion(teacher, distillation_type), criterion(teacher, distillation_type, dgd_weight=0.25)
     base = without(batch['images'], batch['pair'], batch['labels'])['loss']
     teacher.calls = 0
-    parts = loss(batch['images'], batch['pair'], batch['labels'], student)
+    parts = loss(batch['images'], batch['pair'], batch['labels'], blocks(student))
     assert teacher.calls == 1
     dgd = [reference_dgd(student, teacher_qk, which) for which in (0, 1)]
     torch.testing.assert_close(parts['loss_dgd_q'], dgd[0].detach())
@@ -339,32 +357,33 @@ def test_dgd_is_weighted_into_the_total(batch, distillation_type):
 def test_trains_with_a_real_teacher_that_is_no_part_of_the_module():
     torch.manual_seed(0)
     teacher = Teacher(tiny(PLAIN), return_qk=True)
-    loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, 'soft', 0.5, 2., 1.)
+    loss = criterion(teacher, 'soft', 0.5, 2., 1.)
     assert not list(loss.parameters()) and not loss.state_dict()
     student_qk = require_grad(random_qk(batch=2, heads=3, tokens=6, dim=16, dtype=torch.float32))
     outputs = tuple(torch.randn(2, 10, requires_grad=True) for _ in range(2))
-    loss(torch.randn(2, 3, 32, 32), outputs, torch.tensor([1, 2]), student_qk)['loss'].backward()
+    loss(torch.randn(2, 3, 32, 32), outputs, torch.tensor([1, 2]), blocks(student_qk))['loss'].backward()
     for x in (*outputs, *(x for pair in student_qk for x in pair)):
         assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'distillation_type': 'medium'}, '--distillation-type medium'), ({'alpha': 1.5}, '--distillation-alpha 1.5'),
+    ({'kind': 'medium'}, '--distillation-type medium'), ({'alpha': 1.5}, '--distillation-alpha 1.5'),
     ({'tau': 0.}, '--distillation-tau 0.0'), ({'dgd_weight': -1.}, '--dgd-weight -1.0'),
-    ({'teacher': None}, 'needs a teacher'),
-    ({'teacher': None, 'distillation_type': 'none', 'dgd_weight': 1.}, 'needs a teacher'),
+    ({'token_weight': -1.}, '--token-weight -1.0'), ({'teacher': None}, 'needs a teacher'),
+    ({'teacher': None, 'kind': 'none', 'dgd_weight': 1.}, 'needs a teacher'),
+    ({'teacher': None, 'kind': 'none', 'token_weight': 1.}, 'needs a teacher'),
 ])
 def test_mistakes_are_named(changes, message):
-    good = {'teacher': FixedTeacher(None), 'distillation_type': 'hard', 'alpha': 0.5, 'tau': 1., 'dgd_weight': 0.}
-    DistillationLoss(nn.CrossEntropyLoss(), **good)
+    good = {'teacher': FixedTeacher(None), 'kind': 'hard'}
+    criterion(**good)
     with pytest.raises(UserError, match=message) as caught:
-        DistillationLoss(nn.CrossEntropyLoss(), **good | changes)
+        criterion(**good | changes)
     assert '\n' not in str(caught.value)
 
 
 def test_distillation_refuses_single_heads_and_other_classes(batch):
-    loss = DistillationLoss(nn.CrossEntropyLoss(), FixedTeacher(batch['teacher'][:, :7]), 'hard', 0.5, 1., 0.)
+    loss = criterion(FixedTeacher(batch['teacher'][:, :7]), 'hard')
     with pytest.raises(UserError, match='distillation token'):
         loss(batch['images'], batch['pair'][0], batch['labels'])
     with pytest.raises(UserError, match='teacher has 7 classes, the student 10'):

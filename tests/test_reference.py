@@ -16,7 +16,7 @@ HERE = Path(__file__).parent / 'reference'
 RELATIVE = 1e-8
 
 
-pytestmark = pytest.mark.usefixtures('kernels')
+pytestmark = pytest.mark.usefixtures('implementation')
 
 
 @pytest.fixture(scope='module')
