@@ -1,19 +1,19 @@
 """Calibration of a quantized DeiT to the full-precision network whose weights it holds: closed forms, layer by layer.
 
 The images run through two networks at once, the full-precision one and the one that is quantized so far. In forward
-order each layer gets the steps, weight and bias that bring its output, computed from inputs that its predecessors
+order each layer gets the scales, weight and bias that bring its output, computed from inputs that its predecessors
 quantize, closest to what the full-precision network has at that place:
 
-    activations   the step and zero point of least squared error, per channel; where the bias of a LayerNorm or of v can
-                  shift them and the next layer's bias make up for that, zero points need not be whole
-    weight        W minimises E|W x_hat - t|^2 + ridge |W - W_0|^2, t the full-precision output; steps of least squared
-                  error weighted by E[x_hat^2]; then each column in turn takes over the rounding errors of those before
-                  it (GPTQ: Frantar et al., ICLR 2023, arXiv 2210.17323). Latent weights stay inside their cells.
+    activations   the scale and zero point of least squared error, per channel; where the bias of a LayerNorm or of v
+                  can shift them and the next layer's bias make up for that, zero points need not be whole
+    weight        W minimises E|W x_hat - t|^2 + ridge |W - W_0|^2, t the full-precision output; its scales have the
+                  least squared error weighted by E[x_hat^2]. Then each column in turn takes over the rounding errors
+                  of those before it (GPTQ: Frantar et al., ICLR 2023, arXiv 2210.17323)
     bias          E[t] - W_hat E[x_hat]
     residual      t of `proj` and `fc2` is what the sum lacks: they correct the errors of the layers before
     IRM           gamma and beta by least squares, see `_prepare_irm`
 
-The network computed is of the same form as ever: only values of parameters differ from another calibration's.
+The result is a network of the same form as ever: another calibration gives other values of the same parameters.
 """
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ __all__ = ['activation_qparams', 'calibrate_to_full_precision', 'compensate_roun
 # In units of the inputs' mean variance. With 64 images a ridge of 0.01 fits these alone: at 3 bits the network is
 # right on 12 % of other images instead of 41 %.
 RIDGE, DAMPING = 1., 0.1
-SAMPLES = 2048  # values that a step is fitted to, for each channel
+SAMPLES = 2048  # values of a channel that its scale is fitted to
 CONSTANT = 8.  # of `_prepare_irm`, in units of the root mean square of |q|
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- scales -----------------------------------------------------------------------------------------------------------
 
 
 class _Best:
-    """The step and zero point of least squared error among the candidates so far, of each row of x by itself."""
+    """The scale and zero point of least squared error among the candidates so far, for each row of x by itself."""
 
     def __init__(self, x: Tensor, qn: int, qp: int, importance: Tensor | None = None) -> None:
         self.problem = x, qn, qp, importance
         self.error = x.new_full((len(x), 1), torch.inf)
-        self.step, self.zero = torch.ones_like(self.error), torch.zeros_like(self.error)
+        self.scale, self.zero = torch.ones_like(self.error), torch.zeros_like(self.error)
 
-    def consider(self, step: Tensor, zero: Tensor | None = None) -> None:
-        """step and zero: (rows, 1)"""
+    def consider(self, scale: Tensor, zero: Tensor | None = None) -> None:
+        """scale and zero: (rows, 1)"""
         x, qn, qp, importance = self.problem
-        zero = torch.zeros_like(step) if zero is None else zero
-        error = (x / step).add_(zero).clamp_(qn, qp).round_().sub_(zero).mul_(step).sub_(x).square_()
+        zero = torch.zeros_like(scale) if zero is None else zero
+        error = (x / scale).add_(zero).clamp_(qn, qp).round_().sub_(zero).mul_(scale).sub_(x).square_()
         error = (error if importance is None else error.mul_(importance)).sum(1, keepdim=True)
         better = error < self.error
-        self.step, self.zero, self.error = (torch.where(better, new, old) for new, old in (
-            (step, self.step), (zero, self.zero), (error, self.error)))
+        self.scale, self.zero, self.error = (torch.where(better, new, old) for new, old in (
+            (scale, self.scale), (zero, self.zero), (error, self.error)))
 
 
 def weight_scales(weight: Tensor, qn: int, qp: int, importance: Tensor | None = None) -> Tensor:
-    """The step of least squared error of every row, among 60 from 0.15 to 1.1 times max|w| / qp.
+    """The scale of least squared error of every row, among 60 from 0.15 to 1.1 times max|w| / qp.
 
     Args:
         weight: (out, in)
@@ -74,7 +74,7 @@ def weight_scales(weight: Tensor, qn: int, qp: int, importance: Tensor | None = 
     best = _Best(weight, qn, qp, importance)
     for share in torch.linspace(1.1, 0.15, 60).tolist():
         best.consider(largest * share)
-    return best.step[:, 0]
+    return best.scale[:, 0]
 
 
 def activation_qparams(x: Tensor, qn: int, qp: int, whole: bool = True) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def activation_qparams(x: Tensor, qn: int, qp: int, whole: bool = True) -> tuple
         (channels,) each.
     """
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    # A channel that hardly varies would get a step far below its values, and a zero point beyond what float32 counts.
+    # A channel that hardly varies would get a scale far below its values, and a zero point beyond what float32 counts.
     least = x.abs().amax(1, keepdim=True).mul(1e-4).clamp_min(min_scale(x.dtype))
     shares = x.new_tensor([0.001, 0.02, 0.1, 0.9, 0.98, 0.999])
     tails = x.quantile(shares, dim=1)[..., None]  # (6, C, 1)
@@ -96,26 +96,26 @@ def activation_qparams(x: Tensor, qn: int, qp: int, whole: bool = True) -> tuple
     for bottom in (low, *tails[:3]):
         for top in (high, *tails[3:]):
             for width in (1., 1.25):
-                step = ((top - bottom) * width / (qp - qn)).maximum(least)
-                zero = (qn + qp) / 2 - (bottom + top) / 2 / step
-                best.consider(step, zero.round())
+                scale = ((top - bottom) * width / (qp - qn)).maximum(least)
+                zero = (qn + qp) / 2 - (bottom + top) / 2 / scale
+                best.consider(scale, zero.round())
                 if not whole:
-                    best.consider(step, zero)
+                    best.consider(scale, zero)
     for change, by in zip((0.15, 0.07, 0.03), (1, 1, 1) if whole else (0.4, 0.2, 0.1), strict=True):
-        step, zero = best.step.maximum(least), best.zero
+        scale, zero = best.scale.maximum(least), best.zero
         for factor in (1 - change, 1., 1 + change):
             for shift in (-by, 0, by):
-                best.consider(step * factor, zero + shift)
-    return best.step[:, 0], best.zero[:, 0]
+                best.consider(scale * factor, zero + shift)
+    return best.scale[:, 0], best.zero[:, 0]
 
 
 def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor | None = None) -> Tensor:
-    """Gives `act` its steps for x, by at most SAMPLES values of a token's channel; returns x_hat.
+    """Fits `act` to x, by at most SAMPLES values of each channel; returns x_hat.
 
     Args:
-        shift: gets what is to be added to each channel of x, so that its codes can lie anywhere: a grid that must
-            contain 0 has more error, 0.052 instead of 0.041 of the variance at 3 bits. The caller adds it to the bias
-            that x comes from; the returned x_hat is that of x + shift.
+        shift: is filled with what the caller is to add to each channel of x, through the bias that x comes from; the
+            returned x_hat is that of x + shift. Zero points are then effectively not whole. A grid that must contain 0
+            has more error: 0.052 instead of 0.041 of the variance at 3 bits.
     """
     rows = x.movedim(channel_axis, 0).flatten(1)
     samples = SAMPLES if channel_axis == -1 else 16 * SAMPLES  # few channels of many values
@@ -127,10 +127,10 @@ def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor 
     if rows.shape[1] > samples:
         drawn = torch.randint(rows.shape[1], (samples,), generator=torch.Generator().manual_seed(0))
         rows = rows[:, drawn.to(x.device)]
-    step, zero = activation_qparams(rows.contiguous(), *code_range(act.bits, signed), whole=shift is None)
-    act.set_qparams(step, zero.round(), signed)
+    scale, zero = activation_qparams(rows.contiguous(), *code_range(act.bits, signed), whole=shift is None)
+    act.set_qparams(scale, zero.round(), signed)
     if shift is not None:
-        shift.copy_((zero - zero.round()) * step)
+        shift.copy_((zero - zero.round()) * scale)
         x = x + shift.view(-1, *[1] * (x.ndim - 1 - channel_axis % x.ndim))
     return act(x)
 
@@ -155,14 +155,14 @@ def _damped(covariance: Tensor, share: float) -> Tensor:
     return covariance + added * torch.eye(len(covariance)).to(covariance)
 
 
-def compensate_rounding(weight: Tensor, step: Tensor, covariance: Tensor, qn: int, qp: int) -> Tensor:
+def compensate_rounding(weight: Tensor, scale: Tensor, covariance: Tensor, qn: int, qp: int) -> Tensor:
     """Weights whose rounding to the grid nearly minimises E|(W_hat - W) x|^2 (GPTQ).
 
     Columns are rounded by falling E[x^2], the later ones adjusted to the errors so far.
 
     Args:
         weight: (out, in)
-        step: (out,)
+        scale: (out,)
         covariance: E[x x^T] with damping, positive definite, (in, in).
 
     Returns:
@@ -176,7 +176,7 @@ def compensate_rounding(weight: Tensor, step: Tensor, covariance: Tensor, qn: in
         errors = torch.empty_like(rest[:, first:last])
         for i in range(first, last):
             column = rest[:, i]
-            errors[:, i - first] = (column - (column / step).clamp(qn, qp).round() * step) / inverse[i, i]
+            errors[:, i - first] = (column - (column / scale).clamp(qn, qp).round() * scale) / inverse[i, i]
             rest[:, i + 1:last] -= errors[:, i - first, None] * inverse[i, i + 1:last]
         rest[:, last:] -= errors @ inverse[first:last, last:]
     adjusted = torch.empty_like(rest)
@@ -201,7 +201,7 @@ def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | 
     weight = ridge_fit(layer.weight.double(), covariance, cross, RIDGE)
     importance = covariance.diagonal().clamp_min(1e-12 * covariance.diagonal().mean())
     layer.set_qparams(weight_scales(weight, *layer.code_range, importance))
-    layer.weight.copy_(compensate_rounding(weight, layer.alpha.double(), _damped(covariance, DAMPING),
+    layer.weight.copy_(compensate_rounding(weight, layer.scale.double(), _damped(covariance, DAMPING),
                                            *layer.code_range))
     if layer.bias is not None:
         layer.bias.copy_(target_mean - layer.quantized_weight().double() @ x_mean)
@@ -227,11 +227,11 @@ def _is_identity(norm: nn.LayerNorm) -> bool:
 
 
 def _prepare_irm(attn: QAttention, q: Tensor, k: Tensor) -> None:
-    """Rewrites the weights of q and k, so that IRM can pass on what the attention needs of a network without IRM.
+    """Rewrites the weights of q and k, so that a network with IRM can compute the attention of one without.
 
     A LayerNorm takes the mean and the length of each q away, and the attention of the full-precision network depends on
     both. Two of the d dimensions of a head are spent on keeping them. q and k are rotated alike, which leaves q k^T as
-    it is, into the d - 2 directions of the most energy (at random among these: equal spreads suit one step for all),
+    it is, into the d - 2 directions of the most energy (at random among these: equal spreads suit one scale for all),
     and the last two dimensions become -s/2 + c and -s/2 - c, where s is the sum of the others and c a constant far
     larger than |q|. The mean is then 0 and the variance nearly constant: LayerNorm is nearly linear. gamma takes the
     last two dimensions out. The mean of k, which softmax does not see, is taken off beforehand.
@@ -322,7 +322,7 @@ def _fit_block(block: QBlock, x_full: Tensor, x: Tensor, is_fitted: bool) -> tup
 
 
 def _fit_edge(layer: LinearQ | Conv2dQ, x: Tensor, channel_axis: int = -1) -> None:
-    """Steps of least squared error for a layer of 8 bits, whose weights stay as they are."""
+    """Scales of least squared error for a layer of 8 bits, whose weights stay as they are."""
     _fit_activation(layer.act, x, channel_axis)
     layer.set_qparams(weight_scales(layer.weight.flatten(1), *layer.code_range))
 

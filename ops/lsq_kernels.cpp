@@ -1,7 +1,8 @@
-// Learned step size quantization on the CPU, forward and backward in one pass each: the kernels of native_training.py.
+// The elementwise passes of learned step size quantization on the CPU, which cpu_kernels.py calls: forward and backward
+// go through a tensor once each.
 //
-// A tensor is (outer, channels, rows, inner), with a step and a zero point per channel. Each of `threads` threads takes
-// a range of it and sums into memory of its own, so that a number of threads always gives the same result.
+// A tensor is (outer, channels, rows, inner), with a scale and a zero point for each channel. Each of `threads` threads
+// takes a range of it and sums into memory of its own, so that the same number of threads gives the same result.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -46,7 +47,7 @@ inline float exponential(float from) {
 
 inline double exponential(double x) { return std::exp(x); }
 
-// The normal distribution's function at x, and in `bell` exp(-x^2 / 2).
+// The distribution function of the normal distribution at x; `bell` becomes exp(-x^2 / 2).
 inline float normal(float x, float& bell) {
     const float z = std::fabs(x) * .70710678f, t = 1.f / multiply_add(z, .3f, 1.f);
     bell = exponential(x * x * -.5f);
@@ -62,7 +63,7 @@ inline double normal(double x, double& bell) {
     return .5 * std::erfc(x * -.70710678118654752);
 }
 
-// min(GELU(x), 10), and in `slope` its derivative, 0 for NaN. GELU is never below -10.
+// min(GELU(x), 10); `slope` becomes its derivative, 0 for NaN. GELU is never below -10, so nothing is clipped there.
 template <typename T>
 inline T clipped_gelu(T x, T& slope) {
     T bell;
@@ -71,25 +72,27 @@ inline T clipped_gelu(T x, T& slope) {
     return y > 10 ? T(10) : y;
 }
 
-// Where x lies on the grid. torch fuses the sum where each value has a zero point of its own, given the instruction.
+// Where x lies on the grid. Where each value of a row has a zero point of its own, torch multiplies and adds with one
+// rounding, given that instruction, and so does this.
 template <bool fused, typename T>
-inline T position_of(T x, T per_step, T zero) {
-    return fused ? multiply_add(x, per_step, zero) : x * per_step + zero;
+inline T position_of(T x, T reciprocal, T zero) {
+    return fused ? multiply_add(x, reciprocal, zero) : x * reciprocal + zero;
 }
 
-// x_hat / alpha of a position; NaN stays NaN.
+// The centered code of a position: its code less the zero point. NaN stays NaN.
 template <typename T>
-inline T in_steps(T position, T zero, T qn, T qp) {
+inline T centered_code(T position, T zero, T qn, T qp) {
     position = position < qn ? qn : position;
     position = position > qp ? qp : position;
     return std::nearbyint(position) - zero;
 }
 
-// The gradient inside the range, 0 outside and for NaN; adds up grad c - dx p, dx and grad.
+// Returns the gradient inside the range, and 0 outside and for NaN. Adds grad c - dx p, dx and grad to the sums, with
+// the centered code c and the position p.
 template <typename T>
 inline T backward(T grad, T position, T zero, T qn, T qp, T low, T high, T& terms, T& inside, T& all) {
     const T dx = position > low && position < high ? grad : T(0);
-    terms += grad * in_steps(position, zero, qn, qp) - dx * position;
+    terms += grad * centered_code(position, zero, qn, qp) - dx * position;
     inside += dx;
     all += grad;
     return dx;
@@ -99,12 +102,12 @@ inline T backward(T grad, T position, T zero, T qn, T qp, T low, T high, T& term
 
 template <typename T>
 struct Grid {
-    const T *per_step, *zero;  // of the channels
+    const T *reciprocal, *zero;  // 1 / scale and zero point of each channel
     int64_t channels;
     T qn, qp, low, high;  // the codes, and the borders within which gradients pass
 };
 
-// Calls f(thread, first, last) for each thread's range of `count` items.
+// Calls f(thread, first, last) on every thread, with its range of the `count` items.
 template <typename F>
 void split(int64_t count, int threads, F f) {
     const int64_t each = (count + threads - 1) / threads;
@@ -114,19 +117,19 @@ void split(int64_t count, int threads, F f) {
 }
 
 template <bool fused, bool gelu, typename T>
-inline T value_in_steps(T x, T per_step, T zero, T qn, T qp) {
+inline T centered_code_of(T x, T reciprocal, T zero, T qn, T qp) {
     T slope;
     if (gelu) x = clipped_gelu(x, slope);
-    return in_steps(position_of<fused>(x, per_step, zero), zero, qn, qp);
+    return centered_code(position_of<fused>(x, reciprocal, zero), zero, qn, qp);
 }
 
-// Of x and of what is not contiguous about it: the strides of outer, channels and rows; results are contiguous.
+// The sizes of x, and the strides of outer, channels and rows in it. Results are contiguous.
 struct Layout {
     int64_t outer, rows, inner, of_outer, of_channel, of_row;
 };
 
 template <bool gelu, typename T>
-void steps(const T* x, T* out, Layout at, Grid<T> grid, int threads) {
+void codes(const T* x, T* out, Layout at, Grid<T> grid, int threads) {
     const int64_t channels = grid.channels;
     if (at.inner == 1 && at.rows == 1) {
         split(at.outer, threads, [=](int, int64_t first, int64_t last) {
@@ -135,7 +138,7 @@ void steps(const T* x, T* out, Layout at, Grid<T> grid, int threads) {
                 T* to = out + row * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c)
-                    to[c] = value_in_steps<true, gelu>(from[c], grid.per_step[c], grid.zero[c], grid.qn, grid.qp);
+                    to[c] = centered_code_of<true, gelu>(from[c], grid.reciprocal[c], grid.zero[c], grid.qn, grid.qp);
             }
         });
         return;
@@ -143,39 +146,39 @@ void steps(const T* x, T* out, Layout at, Grid<T> grid, int threads) {
     split(at.outer * channels, threads, [=](int, int64_t first, int64_t last) {
         for (int64_t index = first; index < last; ++index) {
             const int64_t channel = index % channels;
-            const T per_step = grid.per_step[channel], zero = grid.zero[channel];
+            const T reciprocal = grid.reciprocal[channel], zero = grid.zero[channel];
             for (int64_t row = 0; row < at.rows; ++row) {
                 const T* from = x + index / channels * at.of_outer + channel * at.of_channel + row * at.of_row;
                 T* to = out + (index * at.rows + row) * at.inner;
 #pragma omp simd
                 for (int64_t i = 0; i < at.inner; ++i)
-                    to[i] = value_in_steps<false, gelu>(from[i], per_step, zero, grid.qn, grid.qp);
+                    to[i] = centered_code_of<false, gelu>(from[i], reciprocal, zero, grid.qn, grid.qp);
             }
         }
     });
 }
 
-// w_hat, (channels, inner), times a scale per column where there is one.
+// w_hat, (channels, inner), times a factor for each column where there are factors.
 template <typename T>
-void weight(const T* w, const T* step, const T* scale, T* out, int64_t inner, Grid<T> grid, int threads) {
+void weight(const T* w, const T* scale, const T* factor, T* out, int64_t inner, Grid<T> grid, int threads) {
     split(grid.channels, threads, [=](int, int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
-            const T per_step = grid.per_step[row], of_row = step[row];
+            const T reciprocal = grid.reciprocal[row], of_row = scale[row];
             const T* from = w + row * inner;
             T* to = out + row * inner;
-            if (scale == nullptr)
+            if (factor == nullptr)
 #pragma omp simd
                 for (int64_t i = 0; i < inner; ++i)
-                    to[i] = in_steps(from[i] * per_step, T(0), grid.qn, grid.qp) * of_row;
+                    to[i] = centered_code(from[i] * reciprocal, T(0), grid.qn, grid.qp) * of_row;
             else
 #pragma omp simd
                 for (int64_t i = 0; i < inner; ++i)
-                    to[i] = in_steps(from[i] * per_step, T(0), grid.qn, grid.qp) * of_row * scale[i];
+                    to[i] = centered_code(from[i] * reciprocal, T(0), grid.qn, grid.qp) * of_row * factor[i];
         }
     });
 }
 
-// `grad`, of x_hat, becomes that of x, or with `gelu` of the GELU's input x.
+// Turns `grad`, the gradient of x_hat, into that of x; with `gelu`, x is the GELU's input.
 template <bool gelu, typename T>
 void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int threads) {
     const int64_t channels = grid.channels;
@@ -189,7 +192,7 @@ void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int thr
                 for (int64_t c = 0; c < channels; ++c) {
                     T slope = 1;
                     const T value = gelu ? clipped_gelu(from[c], slope) : from[c], zero = grid.zero[c];
-                    g[c] = slope * backward(g[c], position_of<true>(value, grid.per_step[c], zero), zero, grid.qn,
+                    g[c] = slope * backward(g[c], position_of<true>(value, grid.reciprocal[c], zero), zero, grid.qn,
                                             grid.qp, grid.low, grid.high, terms[c], inside[c], all[c]);
                 }
             }
@@ -199,7 +202,7 @@ void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int thr
     split(at.outer * channels, threads, [=](int thread, int64_t first, int64_t last) {
         for (int64_t index = first; index < last; ++index) {
             const int64_t channel = index % channels;
-            const T per_step = grid.per_step[channel], zero = grid.zero[channel];
+            const T reciprocal = grid.reciprocal[channel], zero = grid.zero[channel];
             T terms = 0, inside = 0, all = 0;
             for (int64_t row = 0; row < at.rows; ++row) {
                 const T* from = x + index / channels * at.of_outer + channel * at.of_channel + row * at.of_row;
@@ -208,7 +211,7 @@ void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int thr
                 for (int64_t i = 0; i < at.inner; ++i) {
                     T slope = 1;
                     const T value = gelu ? clipped_gelu(from[i], slope) : from[i];
-                    g[i] = slope * backward(g[i], position_of<false>(value, per_step, zero), zero, grid.qn, grid.qp,
+                    g[i] = slope * backward(g[i], position_of<false>(value, reciprocal, zero), zero, grid.qn, grid.qp,
                                             grid.low, grid.high, terms, inside, all);
                 }
             }
@@ -218,15 +221,16 @@ void backward_all(T* grad, const T* x, T* sums, Layout at, Grid<T> grid, int thr
     });
 }
 
-// --- attention: rows of scores, `tokens` long, `tokens` of them to each channel in turn ------------------------------
+// --- attention: rows of scores, `tokens` long; each channel is a head and has `tokens` rows -------------------------
 
-// The softmax of each row and its steps. `softmax` may be `scores`, and `out` either, where that is not kept.
+// The softmax of each row, and its centered codes in `out`. The memory of `softmax` may be that of `scores`, and `out`
+// may be that of `softmax`, which is then not kept.
 template <typename T>
-void softmax_steps(const T* scores, T* softmax, T* out, int64_t rows, int64_t tokens, Grid<T> grid, int threads) {
+void softmax_codes(const T* scores, T* softmax, T* out, int64_t rows, int64_t tokens, Grid<T> grid, int threads) {
     split(rows, threads, [=](int, int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const int64_t channel = row / tokens % grid.channels;
-            const T per_step = grid.per_step[channel], zero = grid.zero[channel];
+            const T reciprocal = grid.reciprocal[channel], zero = grid.zero[channel];
             const T* from = scores + row * tokens;
             T *probability = softmax + row * tokens, *to = out + row * tokens, largest = from[0], sum = 0;
 #pragma omp simd reduction(max : largest)
@@ -238,25 +242,25 @@ void softmax_steps(const T* scores, T* softmax, T* out, int64_t rows, int64_t to
             for (int64_t i = 0; i < tokens; ++i) {
                 const T value = probability[i] * scale;
                 probability[i] = value;
-                to[i] = in_steps(position_of<false>(value, per_step, zero), zero, grid.qn, grid.qp);
+                to[i] = centered_code(position_of<false>(value, reciprocal, zero), zero, grid.qn, grid.qp);
             }
         }
     });
 }
 
-// `grad`, of the quantized softmax, becomes that of the scores.
+// Turns `grad`, the gradient of the quantized softmax, into that of the scores.
 template <typename T>
 void softmax_backward(T* grad, const T* softmax, T* sums, int64_t rows, int64_t tokens, Grid<T> grid, int threads) {
     split(rows, threads, [=](int thread, int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const int64_t channel = row / tokens % grid.channels;
-            const T per_step = grid.per_step[channel], zero = grid.zero[channel];
+            const T reciprocal = grid.reciprocal[channel], zero = grid.zero[channel];
             const T* probability = softmax + row * tokens;
             T *g = grad + row * tokens, terms = 0, inside = 0, all = 0, mean = 0;
 #pragma omp simd reduction(+ : terms, inside, all, mean)
             for (int64_t i = 0; i < tokens; ++i) {
-                const T dx = backward(g[i], position_of<false>(probability[i], per_step, zero), zero, grid.qn, grid.qp,
-                                      grid.low, grid.high, terms, inside, all);
+                const T position = position_of<false>(probability[i], reciprocal, zero);
+                const T dx = backward(g[i], position, zero, grid.qn, grid.qp, grid.low, grid.high, terms, inside, all);
                 mean += dx * probability[i];
                 g[i] = dx;
             }
@@ -272,21 +276,21 @@ void softmax_backward(T* grad, const T* softmax, T* sums, int64_t rows, int64_t 
 
 #define LAYOUT int64_t outer, int64_t rows, int64_t inner, int64_t of_outer, int64_t of_channel, int64_t of_row
 #define AT Layout{outer, rows, inner, of_outer, of_channel, of_row}
-#define GRID(T) const T *per_step, const T *zero, int64_t channels, double qn, double qp, double low, double high
-#define OF(T) Grid<T>{per_step, zero, channels, T(qn), T(qp), T(low), T(high)}
+#define GRID(T) const T *reciprocal, const T *zero, int64_t channels, double qn, double qp, double low, double high
+#define OF(T) Grid<T>{reciprocal, zero, channels, T(qn), T(qp), T(low), T(high)}
 #define DEFINE(T, name)                                                                                               \
     void lsq_codes_##name(const T* x, T* out, LAYOUT, int gelu, GRID(T), int threads) {                               \
-        (gelu ? steps<true, T> : steps<false, T>)(x, out, AT, OF(T), threads);                                        \
+        (gelu ? codes<true, T> : codes<false, T>)(x, out, AT, OF(T), threads);                                        \
     }                                                                                                                 \
-    void lsq_weight_##name(const T* w, const T* step, const T* scale, T* out, int64_t inner, GRID(T), int threads) {  \
-        weight<T>(w, step, scale, out, inner, OF(T), threads);                                                        \
+    void lsq_weight_##name(const T* w, const T* scale, const T* factor, T* out, int64_t inner, GRID(T), int threads) {\
+        weight<T>(w, scale, factor, out, inner, OF(T), threads);                                                      \
     }                                                                                                                 \
     void lsq_backward_##name(T* grad, const T* x, T* sums, LAYOUT, int gelu, GRID(T), int threads) {                  \
         (gelu ? backward_all<true, T> : backward_all<false, T>)(grad, x, sums, AT, OF(T), threads);                   \
     }                                                                                                                 \
     void lsq_softmax_##name(const T* scores, T* softmax, T* out, int64_t rows, int64_t tokens, GRID(T),               \
                             int threads) {                                                                            \
-        softmax_steps<T>(scores, softmax, out, rows, tokens, OF(T), threads);                                         \
+        softmax_codes<T>(scores, softmax, out, rows, tokens, OF(T), threads);                                         \
     }                                                                                                                 \
     void lsq_softmax_backward_##name(T* grad, const T* softmax, T* sums, int64_t rows, int64_t tokens, GRID(T),       \
                                      int threads) {                                                                   \

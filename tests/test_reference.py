@@ -74,7 +74,8 @@ def test_training_forward_loss_and_every_gradient(network, reference, images_and
     np.testing.assert_allclose(norms, reference['grad_norms'], rtol=RELATIVE, atol=1e-18)
 
 
-def test_five_sgd_steps(network, reference, images_and_labels):
+@pytest.mark.parametrize('implementation', ['torch', 'cpu'], indirect=True)  # the reference is slow
+def test_five_sgd_updates(network, reference, images_and_labels):
     images, labels = images_and_labels
     optimizer = torch.optim.SGD(network.train().parameters(), lr=0.01)
     losses = []
