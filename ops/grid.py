@@ -1,17 +1,29 @@
-"""A quantizer's state as the kernels of every implementation use it."""
+"""What the products know of a quantizer, and its state as their kernels use it."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ['Grid', 'min_scale']
+__all__ = ['Grid', 'Quantization', 'min_scale']
 
 
 def min_scale(dtype: torch.dtype) -> float:
     """The smallest scale in use: far below any trained one, and large enough to divide by in `dtype`."""
     return max(1e-8, torch.finfo(dtype).tiny)
+
+
+class Quantization(Protocol):
+    """How a tensor is quantized: `_quan_base.QParams`, with its parameters and its equation."""
+    scale: Tensor
+    zero_point: Tensor | None
+    qn: int
+    qp: int
+
+    def codes(self, x: Tensor) -> Tensor: ...
+
+    def fake_quantize(self, x: Tensor) -> Tensor: ...
 
 
 class Grid(NamedTuple):
@@ -27,6 +39,10 @@ class Grid(NamedTuple):
     zero_point: Tensor | None
     qn: int
     qp: int
+
+    @classmethod
+    def of_quantization(cls, q: Quantization) -> Grid:
+        return cls.of(q.scale, q.zero_point, q.qn, q.qp)
 
     @classmethod
     def of(cls, scale: Tensor, zero_point: Tensor | None, qn: int, qp: int) -> Grid:

@@ -6,8 +6,8 @@ by piece through the batch, because a pass over a piece that stays in the caches
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,11 @@ from torch import Tensor
 from ops import registry
 from ops.attention import attention_backward, attention_forward
 from ops.gram import gram_distance
-from ops.grid import Grid
+from ops.grid import Grid, Quantization
 from ops.linear import linear_backward, linear_forward
 from ops.pieces import product_dtype, scale_gradients
 from ops.reference import Pair, Reference
 from ops.torch_kernels import TorchKernels, clipped_gelu
-
-if TYPE_CHECKING:
-    from _quan_base import QParams
 
 __all__ = ['OpaqueRecomputing', 'Recomputing']
 
@@ -40,29 +37,29 @@ class Recomputing(Reference):
     def __init__(self, name: str, kernels: TorchKernels) -> None:
         self.name, self.kernels = name, kernels
 
-    def codes(self, x: Tensor, q: QParams) -> Tensor:
-        grid = Grid.of(*q)
+    def codes(self, x: Tensor, q: Quantization) -> Tensor:
+        grid = Grid.of_quantization(q)
         centered = self.kernels.centered_codes(x.detach(), grid)
         return (centered if grid.zero_point is None else centered + grid.zero_point).to(torch.int32)
 
-    def fake_quantize(self, x: Tensor, q: QParams) -> Tensor:
+    def fake_quantize(self, x: Tensor, q: Quantization) -> Tensor:
         return _FakeQuantize.apply(x, q.scale, q.zero_point, q.qn, q.qp, self.name)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: QParams, qw: QParams, *,
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: Quantization, qw: Quantization, *,
                w_hat: Tensor | None = None, gelu: bool = False) -> Tensor:
         if gelu and torch.compiler.is_compiling() and not self.fuses_in_graphs:
             x, gelu = clipped_gelu(x), False  # the compiler fuses it, and chooses by itself what to keep
         return _Linear.apply(x, weight, bias, qx.scale, qx.zero_point, qw.scale, (qx.qn, qx.qp), (qw.qn, qw.qp), w_hat,
                              gelu, self.name)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, quantizers: tuple[QParams, QParams, QParams, QParams],
-                  scale: float, dropout: Tensor | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, quantizers: Sequence[Quantization], scale: float,
+                  dropout: Tensor | None = None) -> Tensor:
         qparams = [tensor for each in quantizers for tensor in (each.scale, each.zero_point)]
         ranges = [end for each in quantizers for end in (each.qn, each.qp)]
         dtype = product_dtype(q, quantizers[0].scale)
         return _Attention.apply(q, k, v, *qparams, ranges, scale, dtype, dropout, self.name)
 
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: QParams, qw: QParams, stride: Pair,
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: Quantization, qw: Quantization, stride: Pair,
                padding: Pair, dilation: Pair, groups: int, *, w_hat: Tensor | None = None) -> Tensor:
         kernel = tuple(weight.shape[2:])
         tiles = all(n % k == 0 for n, k in zip(x.shape[-2:], kernel, strict=True))

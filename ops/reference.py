@@ -5,16 +5,14 @@ keeps, and follows a change of the equation (`QParams.fake_quantize` in `_quan_b
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.grid import Quantization
 from ops.torch_kernels import clipped_gelu
-
-if TYPE_CHECKING:
-    from _quan_base import QParams
 
 __all__ = ['Reference']
 
@@ -26,15 +24,15 @@ class Reference:
 
     name = 'reference'
 
-    def codes(self, x: Tensor, q: QParams) -> Tensor:
+    def codes(self, x: Tensor, q: Quantization) -> Tensor:
         """The integer codes of x, int32, in [qn, qp]: those that `fake_quantize` computes x_hat from."""
         return q.codes(x)
 
-    def fake_quantize(self, x: Tensor, q: QParams) -> Tensor:
+    def fake_quantize(self, x: Tensor, q: Quantization) -> Tensor:
         """x_hat, differentiable in x, scale and zero point."""
         return q.fake_quantize(x)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: QParams, qw: QParams, *,
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: Quantization, qw: Quantization, *,
                w_hat: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x_hat @ w_hat^T + bias.
 
@@ -52,14 +50,14 @@ class Reference:
         x = clipped_gelu(x) if gelu else x
         return F.linear(qx.fake_quantize(x), _weight(self, weight, qw, w_hat), bias)
 
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: QParams, qw: QParams, stride: Pair,
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, qx: Quantization, qw: Quantization, stride: Pair,
                padding: Pair, dilation: Pair, groups: int, *, w_hat: Tensor | None = None) -> Tensor:
         """The convolution of x_hat, (B, C, H, W), with w_hat, (N, C / groups, h, w); see `linear`."""
         return F.conv2d(self.fake_quantize(x, qx), _weight(self, weight, qw, w_hat), bias, stride, padding, dilation,
                         groups)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, quantizers: tuple[QParams, QParams, QParams, QParams],
-                  scale: float, dropout: Tensor | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, quantizers: Sequence[Quantization], scale: float,
+                  dropout: Tensor | None = None) -> Tensor:
         """A_hat v_hat with A = dropout * softmax(scale * q_hat k_hat^T).
 
         Args:
@@ -86,6 +84,6 @@ class Reference:
         return torch.linalg.matrix_norm(of_a - of_b)
 
 
-def _weight(ops: Reference, weight: Tensor, qw: QParams, w_hat: Tensor | None) -> Tensor:
+def _weight(ops: Reference, weight: Tensor, qw: Quantization, w_hat: Tensor | None) -> Tensor:
     """The quantized weight: what the caller has, unless a gradient is to go through it."""
     return ops.fake_quantize(weight, qw) if w_hat is None or torch.is_grad_enabled() else w_hat
