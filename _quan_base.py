@@ -29,7 +29,7 @@ import ops
 from ops import clipped_gelu, min_scale
 
 __all__ = ['ActQ', 'Conv2dQ', 'GeluLinearQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'block_weights',
-           'calibrate', 'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'min_scale',
+           'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'min_scale',
            'named_quantizers']
 
 SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
@@ -122,7 +122,7 @@ class _Calibrated(nn.Module):
     init_state: Tensor
     implementation = 'torch'  # of `ops`, which computes this module's products: set by `ops.use`
     calibrated: bool = False
-    _rule: Rule | None = None  # set while `calibrate` waits for this quantizer's first input
+    _rule: Rule | None = None
 
     def learned_scale(self) -> Tensor:
         """The scale as a differentiable function of the parameters: alpha itself. Everything else asks here for it."""
@@ -135,8 +135,14 @@ class _Calibrated(nn.Module):
 
     @property
     def pending(self) -> bool:
-        """Whether the next input, in training or within `calibrate`, is to initialise this quantizer."""
+        """Whether the next input, in training or where it is awaited, is to initialise this quantizer."""
         return not self.calibrated or self._rule is not None
+
+    def await_input(self, rule: Rule | None) -> None:
+        """Lets the next input initialise this quantizer by `rule`; with None, what is still awaited is no more."""
+        if rule is not None:
+            self.calibrated = False
+        self._rule = rule
 
     def _due_rule(self) -> Rule | None:
         """The rule that is to give this quantizer its scale now; None where it has one.
@@ -411,41 +417,6 @@ def block_weights(model: nn.Module) -> dict[str, LinearQ | Conv2dQ]:
 def is_calibrated(model: nn.Module) -> bool:
     """Whether every quantizer of the model has its scale."""
     return all(module.calibrated for _, module in named_quantizers(model))
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor, rule: Rule = first_batch_rule) -> None:
-    """Initialises every quantizer from one batch, in forward order, each on inputs that its predecessors quantize.
-
-    To be called before DistributedDataParallel, the optimizer and torch.compile. Under torch.distributed every rank
-    calls it, with its own images: parameters come from rank 0, scales are averaged, so that all ranks end alike.
-
-    Args:
-        model: the unwrapped network; runs in evaluation mode and gets its modes back.
-        images: one batch for `model`, e.g. (B, 3, 224, 224).
-        rule: gives scale and zero point from a quantizer's input or weight.
-
-    Raises:
-        ValueError: NaN or infinite values were met.
-        UncalibratedError: the forward did not use some quantizer.
-    """
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor, 0)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for _, quantizer in named_quantizers(model):
-        quantizer.calibrated, quantizer._rule = False, rule
-    try:
-        model(images)
-    finally:
-        for _, quantizer in named_quantizers(model):
-            quantizer._rule = None
-        for module, mode in modes.items():
-            module.training = mode
-    missed = [name for name, quantizer in named_quantizers(model) if not quantizer.calibrated]
-    if missed:
-        raise UncalibratedError(f'the forward of {type(model).__name__} did not use {", ".join(missed)}')
 
 
 @torch.no_grad()

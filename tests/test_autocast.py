@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ, calibrate
+from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ
+from calibration.first_batch import calibrate
 from ops import clipped_gelu
 from ops.torch_kernels import TorchKernels
 from quant_vision_transformer import QAttention, QBlock, QMlp, QuantConfig

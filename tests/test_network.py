@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models  # noqa: F401  registers the aliases
-from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, calibrate, is_calibrated, named_quantizers
+from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, is_calibrated, named_quantizers
+from calibration.first_batch import calibrate
 from quant_vision_transformer import QVisionTransformer
 
 REFERENCE = Path(__file__).parent / 'reference'

@@ -7,15 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from _quan_base import (
-    ActQ,
-    Conv2dQ,
-    LinearQ,
-    UncalibratedError,
-    calibrate,
-    clamp_steps_,
-    first_batch_rule,
-)
+from _quan_base import ActQ, Conv2dQ, LinearQ, UncalibratedError, clamp_steps_, first_batch_rule
+from calibration.first_batch import calibrate
 
 pytestmark = pytest.mark.usefixtures('implementation')
 SHAPES = {'2-D': (6, 5), '3-D': (2, 3, 5), '4-D': (2, 5, 3, 4)}  # five channels each

@@ -13,7 +13,7 @@ from helpers import TINY, run
 from torch import nn
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import ActQ, calibrate, is_calibrated, named_quantizers
+from _quan_base import ActQ, is_calibrated, named_quantizers
 from calibration.closed_form import (
     activation_qparams,
     calibrate_to_full_precision,
@@ -22,6 +22,7 @@ from calibration.closed_form import (
     ridge_fit,
     weight_scales,
 )
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from utils import UserError

@@ -5,7 +5,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ops
-from _quan_base import LinearQ, QParams, calibrate, code_range
+from _quan_base import LinearQ, QParams, code_range
+from calibration.first_batch import calibrate
 from ops.torch_kernels import TorchKernels
 from quant_vision_transformer import QMlp, QuantConfig
 
