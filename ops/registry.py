@@ -2,19 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ops.recompute import Recomputing
-    from ops.reference import Reference
+from ops.reference import Reference
 
 __all__ = ['get', 'names', 'register']
 
-_makers: dict[str, Callable[[], Reference | Recomputing]] = {}
-_made: dict[str, Reference | Recomputing] = {}
+_makers: dict[str, Callable[[], Reference]] = {}
+_made: dict[str, Reference] = {}
 
 
-def register(name: str, make: Callable[[], Reference | Recomputing]) -> None:
+def register(name: str, make: Callable[[], Reference]) -> None:
     """Adds an implementation, which is made when it is first used."""
     _makers[name] = make
 
@@ -23,7 +20,7 @@ def names() -> tuple[str, ...]:
     return tuple(_makers)
 
 
-def get(name: str) -> Reference | Recomputing:
+def get(name: str) -> Reference:
     """The implementation of that name.
 
     Raises:
