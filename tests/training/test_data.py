@@ -214,7 +214,7 @@ def _look_in_turn(rank: int, folder: str) -> None:
 
 @pytest.mark.processes
 def test_rank_0_goes_first(tmp_path):
-    mp.spawn(_look_in_turn, (str(tmp_path),), nprocs=2)
+    mp.start_processes(_look_in_turn, (str(tmp_path),), nprocs=2, start_method='fork')  # spared the imports
     assert sorted(path.name for path in tmp_path.glob('* saw *')) == ['0 saw []', "1 saw ['done']"]
 
 
