@@ -23,6 +23,7 @@ from torchvision.transforms import RandomResizedCrop
 import utils
 from datasets import DATASETS, SeededSamples, build_dataset
 from models import Teacher
+from training.flags import non_negative_int, positive_int
 from training.methods.soft_labels import StoredLabels, fingerprint, raw_image, take_crop, top_k
 from training.networks import build_teacher
 from utils import UserError
@@ -101,27 +102,21 @@ def get_args_parser() -> utils.Parser:
     add('--data-set', choices=DATASETS, help='IMNET where there is a --data-path, else DIGITS')
     add('--teacher-model', help="timm's name")
     add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
-    add('--crops-per-image', type=int, default=4)
-    add('--top-k', type=int, default=10, help='classes to store of each crop')
+    add('--crops-per-image', type=positive_int, default=4)
+    add('--top-k', type=positive_int, default=10, help='classes to store of each crop')
     add('--crop-scale', type=float, nargs=2, default=[0.08, 1.], help="smallest and largest share of an image's area")
-    add('--input-size', type=int, default=224)
+    add('--input-size', type=positive_int, default=224)
     add('--train-interpolation', choices=('bilinear', 'bicubic'), default='bicubic')
-    add('--batch-size', type=int, default=64, help='crops at a time')
-    add('--num_workers', '--num-workers', type=int, default=min(10, os.cpu_count() or 1))
+    add('--batch-size', type=positive_int, default=64, help='crops at a time')
+    add('--num_workers', '--num-workers', type=non_negative_int, default=min(10, os.cpu_count() or 1))
     add('--device', choices=('cuda', 'cpu'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    add('--seed', type=int, default=0)
+    add('--seed', type=non_negative_int, default=0)
     return parser
 
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
     """The flags, refused in one line where they make no sense."""
     args = get_args_parser().parse_args(argv)
-    for name in ('crops_per_image', 'top_k', 'input_size', 'batch_size'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: choose a value of at least 1')
-    for name in ('num_workers', 'seed'):
-        if getattr(args, name) < 0:
-            raise UserError(f'--{name} {getattr(args, name)}: choose a value of at least 0')
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         raise UserError(f'--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: choose two rising values up to 1')
     if args.device == 'cuda' and not torch.cuda.is_available():

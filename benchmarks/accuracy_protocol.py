@@ -39,7 +39,8 @@ from checkpoints.networks import ModelInfo  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402
 from losses import Distillation, DistillationLoss, SoftLabels  # noqa: E402
 from models import BlockOutputs, Teacher  # noqa: E402
-from training.methods.oscillation import Oscillations  # noqa: E402
+from training.methods.oscillation import OscillationConfig  # noqa: E402
+from training.methods.registry import build_methods  # noqa: E402
 from training.methods.soft_labels import top_k  # noqa: E402
 from training.optimizer import OptimizerConfig, build_optimizer  # noqa: E402
 from utils import UserError, write_whole  # noqa: E402
@@ -217,10 +218,9 @@ class Updates:
     """The optimizer of a row, and the methods that act with each of its updates."""
 
     def __init__(self, row: Row, student: nn.Module) -> None:
-        self.row, self.student, self.methods = row, student, []
-        if row.dampening or row.freezing is not None:
-            freezing = None if row.freezing is None else [row.freezing]
-            self.methods.append(Oscillations(student, row.dampening, freezing))
+        self.row, self.student = row, student
+        freezing = None if row.freezing is None else [row.freezing]
+        self.methods = build_methods(student, OscillationConfig(row.dampening, freezing))
         self.optimizer = build_optimizer(
             OptimizerConfig(opt='fusedlamb', lr=row.lr, weight_decay=0., step_lr_scale=row.step_lr_scale), student)
         for group in self.optimizer.param_groups:
