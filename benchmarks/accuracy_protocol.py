@@ -31,8 +31,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
-from _quan_base import calibrate, clamp_steps_  # noqa: E402
+from _quan_base import clamp_steps_  # noqa: E402
 from calibration.closed_form import calibrate_to_full_precision  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
 from checkpoints.files import read_checkpoint  # noqa: E402
 from checkpoints.full_precision import load_full_precision  # noqa: E402
 from checkpoints.networks import ModelInfo  # noqa: E402

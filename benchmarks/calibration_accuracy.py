@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
-from _quan_base import calibrate  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
 from checkpoints.files import read_checkpoint  # noqa: E402
 from checkpoints.full_precision import load_full_precision  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402

@@ -42,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops  # noqa: E402
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
-from _quan_base import calibrate, clamp_steps_  # noqa: E402
+from _quan_base import clamp_steps_  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
 from training.networks import wrap  # noqa: E402
 from training.optimizer import OptimizerConfig, build_optimizer  # noqa: E402
 from utils import UserError, keep_freed_memory  # noqa: E402

@@ -48,7 +48,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ops  # noqa: E402
-from _quan_base import calibrate, clamp_steps_  # noqa: E402
+from _quan_base import clamp_steps_  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
 from losses import Distillation, DistillationLoss, distribution_guided_distillation  # noqa: E402
 from models import BlockOutputs, Teacher  # noqa: E402
 from quant_vision_transformer import BITS, SIZES  # noqa: E402

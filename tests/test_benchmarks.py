@@ -12,7 +12,7 @@ import yaml
 from helpers import ROOT
 from torchvision.transforms import Normalize
 
-from _quan_base import calibrate
+from calibration.first_batch import calibrate
 from losses import distribution_guided_distillation
 from models import Teacher
 
