@@ -5,6 +5,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -22,6 +23,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 
 from utils import UserError
 
+__all__ = ['DATASETS', 'INAT_CATEGORIES', 'Augmentation', 'Digits', 'ImageList', 'SeededSamples', 'build_dataset',
+           'build_transform', 'normalized']
+
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 
 _BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -31,7 +35,8 @@ _MAX_UNREADABLE = 50
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's, also for the 0 bits that RandAugment's noise can ask for: black, which Pillow 13 refuses to compute."""
+    """timm's operation, which Pillow 13 refuses for the 0 bits that RandAugment's noise can ask for: those give black.
+    """
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
@@ -156,15 +161,36 @@ class SeededSamples(Dataset):
             generator.set_state(states[2])
 
 
-def _fixed_crop(args: Any) -> list[Callable]:
+# --- transforms -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The random augmentation of training, DeiT's unless told otherwise; timm's `create_transform` explains the values.
+
+    Attributes:
+        aa: timm's name of a policy; 'none', '' or None for colour jitter instead of a policy.
+        train_interpolation: 'random', 'bilinear' or 'bicubic'.
+        random_resized_crop: False takes the fixed crop of evaluation.
+        reprob, remode, recount: how likely an image has parts erased, with what they are filled, and how many.
+    """
+    color_jitter: float = 0.4
+    aa: str | None = 'rand-m9-mstd0.5-inc1'
+    train_interpolation: str = 'bicubic'
+    random_resized_crop: bool = True
+    reprob: float = 0.25
+    remode: str = 'pixel'
+    recount: int = 1
+
+
+def _fixed_crop(size: int, ratio: float) -> list[Callable]:
     """The crop of evaluation: the middle of the resized image, or all of it for small sizes."""
-    size = args.input_size
-    resized = size if size <= _SMALL else int(size / getattr(args, 'eval_crop_ratio', 224 / 256))
+    resized = size if size <= _SMALL else int(size / ratio)
     return [transforms.Resize(resized, interpolation=_BICUBIC), transforms.CenterCrop(size)]
 
 
 def normalized() -> list[Callable]:
-    """From a PIL image to what networks take."""
+    """The last transforms of all: they turn a PIL image into the normalized tensor that networks take."""
     return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
 
 
@@ -177,52 +203,58 @@ def _digits_transform(is_train: bool, size: int) -> transforms.Compose:
     return transforms.Compose([resized, *([moved] if is_train else []), *normalized()])
 
 
-def build_transform(is_train: bool, args: Any) -> transforms.Compose:
+def build_transform(is_train: bool, input_size: int, data_set: str = 'IMNET', *,
+                    augmentation: Augmentation = Augmentation(),
+                    eval_crop_ratio: float = 0.875) -> transforms.Compose:
     """The transform from a PIL image to a normalized float tensor of shape (3, input_size, input_size).
 
     Args:
         is_train: with the random augmentations of training.
-        args: the flags data_set, input_size, color_jitter, aa, train_interpolation, reprob, remode and recount;
-            random_resized_crop (True unless given) and eval_crop_ratio (0.875 unless given).
+        data_set: a name of `DATASETS`; DIGITS has augmentations of its own.
+        eval_crop_ratio: share of the resized image's side that the fixed crop takes.
 
     Raises:
         UserError: an unknown interpolation, erasing mode or augmentation policy.
     """
-    if args.data_set == 'DIGITS':
-        return _digits_transform(is_train, args.input_size)
+    if data_set == 'DIGITS':
+        return _digits_transform(is_train, input_size)
+    fixed_crop = _fixed_crop(input_size, eval_crop_ratio)
     if not is_train:
-        return transforms.Compose([*_fixed_crop(args), *normalized()])
+        return transforms.Compose([*fixed_crop, *normalized()])
 
-    if args.train_interpolation not in ('random', 'bilinear', 'bicubic'):
-        raise UserError(f'--train-interpolation {args.train_interpolation!r}: choose random, bilinear or bicubic')
-    if args.remode not in ('const', 'rand', 'pixel'):
-        raise UserError(f'--remode {args.remode!r}: choose const, rand or pixel')
-    try:
-        transform = create_transform(
-            input_size=args.input_size,
-            is_training=True,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa in (None, '', 'none') else args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
-    except (AssertionError, IndexError, KeyError, ValueError) as error:
-        raise UserError(f"--aa {args.aa!r} is not a policy: choose e.g. 'rand-m9-mstd0.5-inc1' or 'none'") from error
-    # timm's first step is RandomResizedCrop.
-    if not getattr(args, 'random_resized_crop', True):
-        transform.transforms[:1] = _fixed_crop(args)
-    elif args.input_size <= _SMALL:
-        whole = transforms.Resize(args.input_size, interpolation=_BICUBIC)
-        transform.transforms[:1] = [whole, transforms.RandomCrop(args.input_size, padding=4)]
+    transform = _augmented(input_size, augmentation)
+    # The first of timm's transforms is its RandomResizedCrop.
+    if not augmentation.random_resized_crop:
+        transform.transforms[:1] = fixed_crop
+    elif input_size <= _SMALL:
+        whole = transforms.Resize(input_size, interpolation=_BICUBIC)
+        transform.transforms[:1] = [whole, transforms.RandomCrop(input_size, padding=4)]
     return transform
 
 
-def _data_path(args: Any) -> Path:
-    root = Path(args.data_path).expanduser()
+def _augmented(input_size: int, augmentation: Augmentation) -> transforms.Compose:
+    """timm's transform of training, beginning with RandomResizedCrop."""
+    interpolation, remode, aa = augmentation.train_interpolation, augmentation.remode, augmentation.aa
+    if interpolation not in ('random', 'bilinear', 'bicubic'):
+        raise UserError(f'--train-interpolation {interpolation!r}: choose random, bilinear or bicubic')
+    if remode not in ('const', 'rand', 'pixel'):
+        raise UserError(f'--remode {remode!r}: choose const, rand or pixel')
+    try:
+        return create_transform(
+            input_size=input_size, is_training=True, color_jitter=augmentation.color_jitter,
+            auto_augment=None if aa in (None, '', 'none') else aa, interpolation=interpolation,
+            re_prob=augmentation.reprob, re_mode=remode, re_count=augmentation.recount)
+    except (AssertionError, IndexError, KeyError, ValueError) as error:
+        raise UserError(f"--aa {aa!r} is not a policy: choose e.g. 'rand-m9-mstd0.5-inc1' or 'none'") from error
+
+
+# --- data sets by name ------------------------------------------------------------------------------------------------
+
+
+def _existing(data_path: str | Path) -> Path:
+    root = Path(data_path).expanduser()
     if not root.is_dir():
-        raise UserError(f'--data-path {args.data_path} is not a folder: name the folder that holds the data set')
+        raise UserError(f'--data-path {data_path} is not a folder: name the folder that holds the data set')
     return root
 
 
@@ -235,28 +267,30 @@ def _class_folders(folder: Path) -> list[str]:
     return names
 
 
-def _imnet(is_train: bool, args: Any, transform: Callable) -> ImageList:
-    """One folder per class in train/ and val/; the class folders of train/ number the labels."""
-    root = _data_path(args)
-    train, val = root / 'train', root / 'val'
-    folder = train if is_train else val
-    found = _class_folders(folder)
-    if is_train:
-        classes = found
-    elif train.is_dir():
+def _classes_of_val(train: Path, val: Path, num_classes: int | None) -> list[str]:
+    """The classes that number the labels of val/: those of train/, or its own where there is no train/."""
+    found = _class_folders(val)
+    if train.is_dir():
         classes = _class_folders(train)
         unknown = sorted(set(found) - set(classes))
         if unknown:
             raise UserError(f'{val} has class folder {_some(unknown)} that {train} lacks: remove it or add it there')
-    else:
-        # Labels counted from val/ alone are right only if it has all the classes.
-        classes = found
-        expected = getattr(args, 'nb_classes', None)
-        if expected not in (None, len(classes)):
-            raise UserError(
-                f'{val} has {len(classes)} class folders, not {expected}: add {train} with a folder for every class'
-            )
+        return classes
+    # Labels counted from val/ alone are right only if it has all the classes.
+    if num_classes not in (None, len(found)):
+        raise UserError(
+            f'{val} has {len(found)} class folders, not {num_classes}: add {train} with a folder for every class'
+        )
+    return found
 
+
+def _imnet(is_train: bool, data_path: str | Path, transform: Callable, *, num_classes: int | None, **_: Any,
+           ) -> ImageList:
+    """One folder per class in train/ and val/; the class folders of train/ number the labels."""
+    root = _existing(data_path)
+    train, val = root / 'train', root / 'val'
+    folder = train if is_train else val
+    classes = _class_folders(train) if is_train else _classes_of_val(train, val, num_classes)
     label_of = {name: label for label, name in enumerate(classes)}
     samples = make_dataset(str(folder), label_of, extensions=IMG_EXTENSIONS, allow_empty=True)
     if is_train:
@@ -278,16 +312,17 @@ def _read_json(path: Path) -> Any:
         raise UserError(f'{path} is not valid JSON: fetch the file again') from error
 
 
-def _inat(is_train: bool, args: Any, transform: Callable, year: int) -> ImageList:
+def _inat(is_train: bool, data_path: str | Path, transform: Callable, *, year: int, inat_category: str, **_: Any,
+          ) -> ImageList:
     """iNaturalist with labels numbered as in DeiT: by first appearance of the category in the training annotations."""
-    if args.inat_category not in INAT_CATEGORIES:
-        raise UserError(f'--inat-category {args.inat_category!r}: choose one of {", ".join(INAT_CATEGORIES)}')
-    root = _data_path(args)
+    if inat_category not in INAT_CATEGORIES:
+        raise UserError(f'--inat-category {inat_category!r}: choose one of {", ".join(INAT_CATEGORIES)}')
+    root = _existing(data_path)
     train = _read_json(root / f'train{year}.json')
     listed = train if is_train else _read_json(root / f'val{year}.json')
     entries = _read_json(root / 'categories.json')
     try:
-        name_of = {int(entry.get('id', row)): str(entry[args.inat_category]) for row, entry in enumerate(entries)}
+        name_of = {int(entry.get('id', row)): str(entry[inat_category]) for row, entry in enumerate(entries)}
         seen = dict.fromkeys(name_of[int(note['category_id'])] for note in train['annotations'])
         label_of = {name: label for label, name in enumerate(seen)}
         # Four parts: images' folder, kingdom, category number, file.
@@ -305,8 +340,8 @@ def _inat(is_train: bool, args: Any, transform: Callable, year: int) -> ImageLis
     return ImageList(samples, list(label_of), transform, skip_unreadable=is_train)
 
 
-def _cifar(is_train: bool, args: Any, transform: Callable, source: type[CIFAR10]) -> CIFAR10:
-    root = Path(args.data_path).expanduser()
+def _cifar(is_train: bool, data_path: str | Path, transform: Callable, *, source: type[CIFAR10], **_: Any) -> CIFAR10:
+    root = Path(data_path).expanduser()
     folder = root / source.base_folder
     download = not folder.is_dir()
     try:
@@ -320,12 +355,13 @@ def _cifar(is_train: bool, args: Any, transform: Callable, source: type[CIFAR10]
         ) from error
 
 
-def _digits(is_train: bool, args: Any, transform: Callable) -> Digits:
+def _digits(is_train: bool, data_path: str | Path | None, transform: Callable, **_: Any) -> Digits:
     return Digits(is_train, transform)
 
 
-# Each builder takes (is_train, args, transform) and returns a data set with `classes`.
-DATASETS: dict[str, Callable[[bool, Any, Callable], Dataset]] = {
+# Each builder is called as builder(is_train, data_path, transform, inat_category=..., num_classes=...) and returns a
+# data set that has `classes`.
+DATASETS: dict[str, Callable[..., Dataset]] = {
     'CIFAR': partial(_cifar, source=CIFAR100),
     'CIFAR10': partial(_cifar, source=CIFAR10),
     'DIGITS': _digits,
@@ -335,20 +371,24 @@ DATASETS: dict[str, Callable[[bool, Any, Callable], Dataset]] = {
 }
 
 
-def build_dataset(is_train: bool, args: Any) -> tuple[Dataset, int]:
-    """The training or evaluation part of `args.data_set`, and its number of classes.
+def build_dataset(is_train: bool, data_set: str, data_path: str | Path | None, transform: Callable, *,
+                  inat_category: str = 'name', num_classes: int | None = None) -> tuple[Dataset, int]:
+    """The training or the evaluation part of a data set, and its number of classes.
 
-    Items are (image tensor of shape (3, input_size, input_size), label) pairs; `.classes` names the labels.
+    Items are (transformed image, label) pairs; `.classes` names the labels.
 
     Args:
-        is_train: the training part with random augmentation, else the evaluation part.
-        args: the flags of `build_transform`, data_path, for iNaturalist inat_category, and for an ImageNet folder
-            without train/ optionally nb_classes, the number of classes to expect.
+        data_set: a name of `DATASETS`.
+        data_path: the folder that holds it; DIGITS needs none.
+        transform: applied to the RGB image, see `build_transform`.
+        inat_category: what iNaturalist's labels are of, one of `INAT_CATEGORIES`.
+        num_classes: how many classes to expect, where an ImageNet folder has no train/ to count them by.
 
     Raises:
         UserError: an unknown name, or data that is missing, empty or inconsistent.
     """
-    if args.data_set not in DATASETS:
-        raise UserError(f'--data-set {args.data_set!r} is unknown: choose one of {", ".join(DATASETS)}')
-    dataset = DATASETS[args.data_set](is_train, args, build_transform(is_train, args))
+    if data_set not in DATASETS:
+        raise UserError(f'--data-set {data_set!r} is unknown: choose one of {", ".join(DATASETS)}')
+    build = DATASETS[data_set]
+    dataset = build(is_train, data_path, transform, inat_category=inat_category, num_classes=num_classes)
     return dataset, len(dataset.classes)

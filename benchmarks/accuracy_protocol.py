@@ -12,37 +12,39 @@ and seed by seed; what it holds already is skipped, so that an interrupted run c
 """
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
 import time
-from argparse import Namespace
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
-from _quan_base import calibrate, clamp_steps_  # noqa: E402
+from _quan_base import clamp_steps_  # noqa: E402
 from calibration.closed_form import calibrate_to_full_precision  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
 from checkpoints.files import read_checkpoint  # noqa: E402
 from checkpoints.full_precision import load_full_precision  # noqa: E402
-from checkpoints.networks import model_info  # noqa: E402
+from checkpoints.networks import ModelInfo  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402
-from losses import DistillationLoss  # noqa: E402
-from models import Teacher  # noqa: E402
-from training.methods.oscillation import Oscillations  # noqa: E402
-from training.methods.stored_labels import SoftLabels, top_k  # noqa: E402
-from training.optimizer import build_optimizer  # noqa: E402
-from utils import UserError  # noqa: E402
+from losses import Distillation, DistillationLoss, SoftLabels  # noqa: E402
+from models import BlockOutputs, Teacher  # noqa: E402
+from training.methods.oscillation import OscillationConfig  # noqa: E402
+from training.methods.registry import build_methods  # noqa: E402
+from training.methods.soft_labels import top_k  # noqa: E402
+from training.optimizer import OptimizerConfig, build_optimizer  # noqa: E402
+from utils import UserError, write_whole  # noqa: E402
 
 BITS = {2: 'twobits', 3: 'threebits', 4: 'fourbits'}
 BATCH = 20
@@ -68,10 +70,10 @@ class Row:
     dampening: float = 0.
     freezing: float | None = None
     stored_classes: int | None = None
-    kwargs: dict = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def _published(bits: int, **changes) -> Row:
+def _published(bits: int, **changes: Any) -> Row:
     return Row(bits, **{'calibration': 'published', 'distillation': 'hard', 'alpha': 0.5, 'token_weight': 0.,
                         'lr': 3e-4, 'step_lr_scale': 1.} | changes)
 
@@ -114,20 +116,12 @@ ROWS = _rows()
 
 
 class Images:
-    """A data set in memory, uint8, to be normalized and flipped batch by batch."""
+    """A data set of uint8 images in memory, to be normalized and flipped batch by batch."""
 
-    def __init__(self, dataset) -> None:
-        *geometry, _, normalize = dataset.transform.transforms
-        dataset.transform = lambda image: self._to_uint8(geometry, image)
+    def __init__(self, dataset: Dataset, normalize: transforms.Normalize) -> None:
         self.images, self.labels = (torch.stack([torch.as_tensor(item) for item in items])
                                     for items in zip(*(dataset[i] for i in range(len(dataset))), strict=True))
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
-
-    @staticmethod
-    def _to_uint8(geometry, image) -> Tensor:
-        for transform in geometry:
-            image = transform(image)
-        return pil_to_tensor(image)
 
     def __call__(self, index: Tensor | slice, flip: Tensor | None = None) -> Tensor:
         """Normalized, (B, 3, H, W); those with `flip`, (B,), mirrored."""
@@ -139,38 +133,40 @@ class Images:
 
 def load_images(data_path: str) -> tuple[Images, Images]:
     """train/ and val/ in the evaluation crop."""
-    options = Namespace(data_set='IMNET', data_path=data_path, input_size=224, train_interpolation='bicubic', aa=None,
-                        color_jitter=0., reprob=0., remode='pixel', recount=1)
-    train, val = (build_dataset(is_train, options)[0] for is_train in (True, False))
-    train.transform = build_transform(False, options)
-    return Images(train), Images(val)
+    *crop, _, normalize = build_transform(False, 224).transforms
+    to_uint8 = transforms.Compose([*crop, transforms.PILToTensor()])
+    train, val = (Images(build_dataset(is_train, 'IMNET', data_path, to_uint8)[0], normalize)
+                  for is_train in (True, False))
+    return train, val
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------
 
 
 class StoredTeacher(Teacher):
-    """Asks the network once for each image and its mirror image, and remembers for all rows (1.8 GB)."""
+    """Asks the network once for each image and its mirror image, and remembers the answers for all rows (1.8 GB).
+
+    Attributes:
+        index: which images the next batch shows; mirror images are numbered after all the others.
+    """
 
     def __init__(self, model: nn.Module, images: int) -> None:
-        super().__init__(model, return_qk=False, keep_tokens=True)
+        super().__init__(model, return_tokens=True)
         tokens = model.num_prefix_tokens + model.patch_embed.num_patches
         self.known = torch.zeros(2 * images, dtype=torch.bool)
         self.logits = torch.empty(2 * images, model.num_classes)
         self.tokens = torch.empty(2 * images, len(model.blocks), tokens, model.embed_dim, dtype=torch.bfloat16)
-        self.index = torch.empty(0, dtype=torch.long)  # what the next batch shows; mirror images come after the others
+        self.index = torch.empty(0, dtype=torch.long)
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, list]:
+    def __call__(self, images: Tensor) -> tuple[Tensor, list[BlockOutputs]]:
         new = ~self.known[self.index]
         if new.any():
             index = self.index[new]
-            self.logits[index] = super().__call__(images[new])[0].float()
-            self.tokens[index] = torch.stack(super().take_tokens(), 1).bfloat16()
+            logits, blocks = super().__call__(images[new])
+            self.logits[index] = logits.float()
+            self.tokens[index] = torch.stack([block.tokens for block in blocks], 1).bfloat16()
             self.known[index] = True
-        return self.logits[self.index], []
-
-    def take_tokens(self) -> list[Tensor]:
-        return list(self.tokens[self.index].unbind(1))
+        return self.logits[self.index], [BlockOutputs(tokens=tokens) for tokens in self.tokens[self.index].unbind(1)]
 
 
 @torch.no_grad()
@@ -184,26 +180,26 @@ def top1(model: nn.Module, images: Images, amp: bool) -> float:
     return 100 * correct / len(images.labels)
 
 
-def full_precision(name: str, weights: dict, **kwargs) -> nn.Module:
-    """A network that starts from a full-precision checkpoint, or from one of more bits."""
+def start_from(weights: dict[str, Any], name: str, **kwargs: Any) -> nn.Module:
+    """The network of that name, which starts from a full-precision checkpoint, or from one of more bits."""
     network = timm.create_model(name, **kwargs)
     load_full_precision(network, weights)
     return network
 
 
-def run_row(row: Row, seed: int, stored: StoredTeacher, weights: dict, train: Images, val: Images, amp: bool,
-            calibration_images: int) -> dict:
+def run_row(row: Row, seed: int, stored: StoredTeacher, weights: dict[str, Any], train: Images, val: Images, amp: bool,
+            calibration_images: int) -> dict[str, float]:
     """Top-1 of the calibrated and of the trained student."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     drawn = train(torch.randperm(len(train.labels), generator=generator)[:calibration_images])
     teacher = stored
     if row.dgd_weight:
-        teacher = Teacher(full_precision('deit_tiny_patch16_224', weights), True, row.token_weight > 0)
+        teacher = Teacher(start_from(weights, 'deit_tiny_patch16_224'), True, row.token_weight > 0)
     start, calibration_s, training_s = weights, 0., 0.
     for stage in (*(replace(row, bits=bits, lr=LR[bits]) for bits in row.descent), row):
         name = f'{BITS[stage.bits]}_deit_tiny_patch16_224'
-        student = full_precision(name, start, **row.kwargs)
+        student = start_from(start, name, **row.kwargs)
         begun = time.perf_counter()
         (calibrate if row.calibration == 'published' else calibrate_to_full_precision)(student, drawn)
         calibration_s += time.perf_counter() - begun
@@ -214,7 +210,7 @@ def run_row(row: Row, seed: int, stored: StoredTeacher, weights: dict, train: Im
         training_s += time.perf_counter() - begun
         trained = top1(student, val, amp)
         print(f'  {stage.bits} bits trained: {trained:.1f} %', flush=True)
-        start = {'model': student.state_dict(), 'qvit': model_info(name, row.kwargs, student.num_classes, 224)}
+        start = {'model': student.state_dict(), 'qvit': ModelInfo(name, row.kwargs, student.num_classes, 224).to_dict()}
     return {'calibrated': calibrated, 'calibration_s': round(calibration_s, 1), 'training_s': round(training_s, 1),
             'trained': trained}
 
@@ -224,35 +220,39 @@ class Updates:
 
     def __init__(self, row: Row, student: nn.Module) -> None:
         self.row, self.student = row, student
-        self.oscillations = None
-        if row.dampening or row.freezing is not None:
-            freezing = None if row.freezing is None else [row.freezing]
-            self.oscillations = Oscillations(student, row.dampening, freezing)
-        self.optimizer = build_optimizer(Namespace(
-            opt='fusedlamb', lr=row.lr, weight_decay=0., momentum=0.9, opt_eps=None, opt_betas=None,
-            step_lr_scale=row.step_lr_scale), student)
+        freezing = None if row.freezing is None else [row.freezing]
+        self.methods = build_methods(student, OscillationConfig(row.dampening, freezing))
+        self.optimizer = build_optimizer(
+            OptimizerConfig(opt='fusedlamb', lr=row.lr, weight_decay=0., step_lr_scale=row.step_lr_scale), student)
         for group in self.optimizer.param_groups:
             group['lr'] = row.lr * group.get('lr_scale', 1.)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, row.updates)
 
-    def step(self, loss: Tensor, update: int) -> None:
-        if self.oscillations and self.row.dampening:
-            loss = loss + self.oscillations.dampening(update / self.row.updates)
+    def make(self, loss: Tensor, update: int) -> None:
+        """The update of this number, by a loss to which the methods add their parts."""
+        progress = update / self.row.updates
+        for method in self.methods:
+            loss = loss + sum(method.loss_parts(progress).values())
         loss.backward()
+        for method in self.methods:
+            method.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
         clamp_steps_(self.student)
-        if self.oscillations:
-            self.oscillations.update((update + 1) / self.row.updates)
+        for method in self.methods:
+            method.after_update((update + 1) / self.row.updates)
+
+
+def build_criterion(row: Row, student: nn.Module, teacher: Teacher) -> DistillationLoss:
+    distillation = Distillation(row.distillation, row.alpha, dgd_weight=row.dgd_weight, token_weight=row.token_weight)
+    return DistillationLoss(nn.CrossEntropyLoss(), teacher, distillation, student.num_prefix_tokens,
+                            stored_labels=row.stored_classes is not None)
 
 
 def fit(row: Row, student: nn.Module, stored: StoredTeacher, teacher: Teacher, train: Images,
         generator: torch.Generator, amp: bool) -> None:
-    criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, row.distillation, row.alpha, 1., row.dgd_weight,
-                                 student.num_prefix_tokens, row.token_weight, student,
-                                 stored_labels=row.stored_classes is not None)
-    updates = Updates(row, student)
+    criterion, updates = build_criterion(row, student, teacher), Updates(row, student)
     student.train()
     order = torch.empty(0, dtype=torch.long)
     running = 0.
@@ -266,9 +266,9 @@ def fit(row: Row, student: nn.Module, stored: StoredTeacher, teacher: Teacher, t
         if row.stored_classes is not None:
             labels = SoftLabels(labels, *top_k(F.softmax(stored(images)[0], 1), row.stored_classes))
         with torch.autocast('cpu', torch.bfloat16, enabled=amp):
-            outputs, qk = student(images, return_qk=True)
-            parts = criterion(images, outputs, labels, qk if row.dgd_weight else None)
-        updates.step(parts['loss'], update)
+            outputs, blocks = student(images, return_blocks=True)
+            parts = criterion(images, outputs, labels, blocks)
+        updates.make(parts['loss'], update)
         running += parts['loss'].item()
         if (update + 1) % 25 == 0:
             print(f'  update {update + 1}: mean loss {running / 25:.3f}', flush=True)
@@ -286,9 +286,7 @@ def read_results(path: Path) -> list[dict]:
 
 
 def write_results(results: list[dict], path: Path) -> None:
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
-    beside.write_text(json.dumps(results, indent=1) + '\n')
-    os.replace(beside, path)
+    write_whole(path, lambda beside: beside.write_text(json.dumps(results, indent=1) + '\n'))
 
 
 def table(results: list[dict]) -> str:
@@ -313,6 +311,21 @@ def table(results: list[dict]) -> str:
     return '\n'.join(lines)
 
 
+def run(data_path: str, weights_path: str, output: Path, rows_and_seeds: list[tuple[str, int]], results: list[dict],
+        amp: str, calibration_images: int) -> None:
+    """Runs the rows, each at its seed; `results` and the file `output` get each as it is done."""
+    weights, (train, val) = read_checkpoint(weights_path), load_images(data_path)
+    stored = StoredTeacher(start_from(weights, 'deit_tiny_patch16_224'), len(train.labels))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    machine = {'torch': torch.__version__, 'timm': timm.__version__, 'threads': torch.get_num_threads(),
+               'machine': platform.machine(), 'amp': amp, 'calibration_images': calibration_images}
+    for name, seed in rows_and_seeds:
+        print(f'{name}, seed {seed}', flush=True)
+        found = run_row(ROWS[name], seed, stored, weights, train, val, amp == 'bf16', calibration_images)
+        results.append({'row': name, 'seed': seed, **found, 'settings': asdict(ROWS[name]), **machine})
+        write_results(results, output)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-path', help='folder with train/ and val/')
@@ -330,30 +343,15 @@ def main() -> int:
         if not args.table:
             if not (args.data_path and args.weights):
                 raise UserError('--data-path and --weights are needed: name the images and the full-precision network')
-            run(args, results)
+            done = {(result['row'], result['seed']) for result in results}
+            missing = [(name, seed) for seed in args.seeds for name in args.rows if (name, seed) not in done]
+            if missing:
+                run(args.data_path, args.weights, args.output, missing, results, args.amp, args.calibration_images)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     print(table(results))
     return 0
-
-
-def run(args: Namespace, results: list[dict]) -> None:
-    """What is missing of --rows and --seeds; `results` and --output get each as it is done."""
-    done = {(result['row'], result['seed']) for result in results}
-    missing = [(name, seed) for seed in args.seeds for name in args.rows if (name, seed) not in done]
-    if not missing:
-        return
-    weights, (train, val) = read_checkpoint(args.weights), load_images(args.data_path)
-    stored = StoredTeacher(full_precision('deit_tiny_patch16_224', weights), len(train.labels))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    machine = {'torch': torch.__version__, 'timm': timm.__version__, 'threads': torch.get_num_threads(),
-               'machine': platform.machine(), 'amp': args.amp, 'calibration_images': args.calibration_images}
-    for name, seed in missing:
-        print(f'{name}, seed {seed}', flush=True)
-        found = run_row(ROWS[name], seed, stored, weights, train, val, args.amp == 'bf16', args.calibration_images)
-        results.append({'row': name, 'seed': seed, **found, 'settings': asdict(ROWS[name]), **machine})
-        write_results(results, args.output)
 
 
 if __name__ == '__main__':

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import timm
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
-from _quan_base import calibrate  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
 from checkpoints.files import read_checkpoint  # noqa: E402
 from checkpoints.full_precision import load_full_precision  # noqa: E402
 from datasets import build_dataset, build_transform  # noqa: E402
 
 
 @torch.inference_mode()
-def top1(model: torch.nn.Module, dataset) -> float:
+def top1(model: torch.nn.Module, dataset: Dataset) -> float:
     """Per cent of the images classified right."""
     correct = sum((model(images).argmax(1) == labels).sum() for images, labels in DataLoader(dataset, batch_size=32))
     return 100 * correct.item() / len(dataset)
@@ -42,10 +42,9 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=3, help='draws of calibration images')
     args = parser.parse_args()
 
-    options = argparse.Namespace(data_set='IMNET', data_path=args.data_path, input_size=224,
-                                 train_interpolation='bicubic')
-    train = ImageFolder(Path(args.data_path, 'train'), build_transform(False, options))
-    folders = train, build_dataset(False, options)[0]
+    transform = build_transform(False, 224)
+    train = ImageFolder(Path(args.data_path, 'train'), transform)
+    folders = train, build_dataset(False, 'IMNET', args.data_path, transform)[0]
     weights = read_checkpoint(args.weights)
     print(f'# {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
           f'timm {timm.__version__}; calibrated on {args.images} images of train/')

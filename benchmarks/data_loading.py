@@ -23,7 +23,9 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -33,12 +35,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import main as training_command  # noqa: E402
 import utils  # noqa: E402
-from datasets import SeededSamples, build_dataset  # noqa: E402
-from training import (
-    build,  # noqa: E402
-    flags,  # noqa: E402
-)
+from datasets import Augmentation, SeededSamples  # noqa: E402
+from training.checks import check_args  # noqa: E402
+from training.data import DataSource, Loading, build_train_dataset, build_train_loader  # noqa: E402
 
 WARM_UP = 2  # batches
 DISTINCT = 32  # JPEGs, of which the others are copies
@@ -46,8 +47,19 @@ OF_FILES = ('IMNET', 'INAT', 'INAT19')  # the data sets whose images are files
 ROUNDING = 256  # repeated augmentation leaves out up to so many images of an epoch
 
 
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """This script's flags, and main.py's."""
+@dataclass(frozen=True)
+class Measurement:
+    """What is to be measured: this script's own flags."""
+    workers: list[int]
+    batches: int
+    repeats: int
+    image_size: list[int]
+    step_images_per_second: float | None
+    json: Path | None
+
+
+def parse_args(argv: list[str]) -> tuple[Measurement, dict[str, Any]]:
+    """This script's flags, and main.py's with their values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
@@ -58,19 +70,19 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]
         help='of the JPEGs without --data-path (default: 500 375)')
     add('--step-images-per-second', type=float, metavar='X', help='what the step takes, as training_step.py measures')
     add('--json', type=Path, metavar='FILE', help='also write the results there')
-    own, rest = parser.parse_known_args(argv)
+    flags, rest = parser.parse_known_args(argv)
+    own = Measurement(**vars(flags))
     if min(own.batches, own.repeats, *own.image_size) < 1 or min(own.workers) < 0:
         parser.error('the numbers are at least 1, --workers at least 0')
     if own.step_images_per_second is not None and own.step_images_per_second <= 0:
         parser.error(f'--step-images-per-second {own.step_images_per_second}: choose a value above 0')
-    args = flags.parse_args(rest)
-    flags.check_args(args)
+    args = training_command.parse_args(rest)
+    check_args(args)
     args.data_set = args.data_set or 'IMNET'
     if args.data_set not in OF_FILES:
         raise utils.UserError(f'--data-set {args.data_set} has no image files: choose one of {", ".join(OF_FILES)}')
-    args.input_size = args.input_size or flags.DEFAULT_SIZE
-    args.device, args.world_size, args.rank = 'cpu', 1, 0
-    return own, args
+    args.input_size = args.input_size or training_command.DEFAULT_SIZE
+    return own, vars(args)
 
 
 def write_jpegs(folder: Path, size: list[int], number: int) -> None:
@@ -87,21 +99,19 @@ def write_jpegs(folder: Path, size: list[int], number: int) -> None:
         (folder / 'train' / 'fields' / f'{index}.jpg').write_bytes(encoded[index % DISTINCT])
 
 
-def images_per_second(args: argparse.Namespace, batches: int) -> float:
-    dataset, _ = build_dataset(True, args)
-    loader, _ = build.build_train_loader(args, SeededSamples(dataset))
+def images_per_second(dataset: SeededSamples, loading: Loading, batches: int) -> float:
+    loader, _ = build_train_loader(dataset, loading, utils.Ranks(), torch.device('cpu'))
     if len(loader) < WARM_UP + batches:
         raise utils.UserError(f'--batches {batches}: an epoch has {len(loader)}, {WARM_UP} of them to warm up')
     arrivals = [time.perf_counter() for _ in itertools.islice(loader, WARM_UP + batches)]
-    return batches * args.batch_size / (arrivals[-1] - arrivals[WARM_UP - 1])
+    return batches * loading.batch_size / (arrivals[-1] - arrivals[WARM_UP - 1])
 
 
-def measure(own: argparse.Namespace, args: argparse.Namespace) -> list[dict]:
+def measure(own: Measurement, dataset: SeededSamples, loading: Loading) -> list[dict[str, Any]]:
     """The rows of the table."""
     rows = [{'workers': workers, 'all': []} for workers in own.workers]
     for row in rows * own.repeats:
-        args.num_workers = row['workers']
-        row['all'].append(images_per_second(args, own.batches))
+        row['all'].append(images_per_second(dataset, replace(loading, num_workers=row['workers']), own.batches))
     for row in rows:
         row['images_per_second'] = statistics.median(row['all'])
         if own.step_images_per_second:
@@ -109,8 +119,8 @@ def measure(own: argparse.Namespace, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def about_images(args: argparse.Namespace) -> str:
-    samples = build_dataset(True, args)[0].samples[:256]
+def describe_images(dataset: SeededSamples) -> str:
+    samples = dataset.base.samples[:256]
     pixels = []
     for path, _ in samples:
         with Image.open(path) as image:
@@ -119,7 +129,7 @@ def about_images(args: argparse.Namespace) -> str:
     return f'{statistics.mean(pixels) / 1e6:.3f} megapixels and {size / 1e3:.0f} kB, the mean of {len(samples)}'
 
 
-def table(results: dict) -> str:
+def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [f'- {key}: {value}' for key, value in results.items() if key != 'rows'] + [
         '', '| workers | images/s | smallest to largest | of what a step takes |',
@@ -133,17 +143,19 @@ def table(results: dict) -> str:
 
 def main(argv: list[str]) -> int:
     try:
-        own, args = parse_args(argv)
+        own, values = parse_args(argv)
+        loading = utils.pick(Loading, values)
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            if args.data_path is None:
-                args.data_path = folder
-                write_jpegs(Path(folder), own.image_size, (WARM_UP + own.batches) * args.batch_size + ROUNDING)
+            if values['data_path'] is None:
+                values['data_path'] = folder
+                write_jpegs(Path(folder), own.image_size, (WARM_UP + own.batches) * loading.batch_size + ROUNDING)
+            dataset = build_train_dataset(utils.pick(DataSource, values), utils.pick(Augmentation, values))
             results = {'command': shlex.join(['python', 'benchmarks/data_loading.py', *argv]),
                        'hardware': hardware('cpu'), 'versions': f'{versions()}, Pillow {PIL.__version__}',
-                       'images': about_images(args),
-                       'runs': f'{own.repeats} of {own.batches} batches of {args.batch_size}',
-                       'step_images_per_second': own.step_images_per_second, 'rows': measure(own, args)}
+                       'images': describe_images(dataset),
+                       'runs': f'{own.repeats} of {own.batches} batches of {loading.batch_size}',
+                       'step_images_per_second': own.step_images_per_second, 'rows': measure(own, dataset, loading)}
     except utils.UserError as error:
         utils.report(error)
         return 2

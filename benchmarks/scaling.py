@@ -24,7 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -32,18 +34,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from _measure import hardware, versions
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ops  # noqa: E402
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
-from _quan_base import calibrate, clamp_steps_  # noqa: E402
-from ops import cpu as native_training  # noqa: E402
-from ops.cpp_library import NativeUnavailable  # noqa: E402
-from training.networks import wrap
-from training.optimizer import build_optimizer  # noqa: E402
-from utils import keep_freed_memory  # noqa: E402
+from _quan_base import clamp_steps_  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
+from training.networks import wrap  # noqa: E402
+from training.optimizer import OptimizerConfig, build_optimizer  # noqa: E402
+from utils import UserError, keep_freed_memory  # noqa: E402
 
 WARM_UP = 2  # updates
 GPUS = 8, 64
@@ -51,7 +54,20 @@ GPUS = 8, 64
 ROWS = (1, 1, False), (2, 1, True), (2, 2, True), (2, 1, False)
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+    model: str
+    batch_size: int
+    input_size: int
+    repeats: int
+    gpu_bandwidth: float | None
+    gpu_step_ms: float | None
+    native_kernels: bool
+    json: Path | None
+
+
+def parse_args(argv: list[str]) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
@@ -63,67 +79,80 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--gpu-step-ms', type=float, metavar='MS', help='time of a step on one GPU, for the estimate')
     add('--native-kernels', action='store_true', help='quantizers in C++, as main.py has them where it can')
     add('--json', type=Path, metavar='FILE', help='also write the results there')
-    args = parser.parse_args(argv)
-    given = [value for value in (args.gpu_bandwidth, args.gpu_step_ms) if value is not None]
-    if min(args.batch_size, args.repeats) < 1 or any(value <= 0 for value in given):
+    settings = Settings(**vars(parser.parse_args(argv)))
+    given = [value for value in (settings.gpu_bandwidth, settings.gpu_step_ms) if value is not None]
+    if min(settings.batch_size, settings.repeats) < 1 or any(value <= 0 for value in given):
         parser.error('the numbers are at least 1, those of the GPU above 0')
-    if args.gpu_step_ms and not args.gpu_bandwidth:
+    if settings.gpu_step_ms and not settings.gpu_bandwidth:
         parser.error('--gpu-step-ms needs --gpu-bandwidth')
-    return args
+    return settings
 
 
-def measure(rank: int, processes: int, folder: str, args: argparse.Namespace) -> None:
-    """One of the processes; rank 0 leaves the rows of this number of processes in `folder`."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    native_training.enable(args.native_kernels)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store{processes}', rank=rank, world_size=processes)
-    torch.manual_seed(rank)
-    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size)
-    labels = torch.randint(1000, (args.batch_size,))
-    model = timm.create_model(args.model, img_size=args.input_size)
-    calibrate(model, images)
-    network, reduced = model, []
-    if processes > 1:
-        def count_and_reduce(group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            reduced.append(bucket.buffer().nbytes)
-            return default_hooks.allreduce_hook(group, bucket)
-        network = wrap(argparse.Namespace(compile=False), model, torch.device('cpu'))
-        network.register_comm_hook(None, count_and_reduce)
-    optimizer = build_optimizer(argparse.Namespace(opt='lamb', lr=1e-6, weight_decay=0., momentum=0.9), model)
+class Trained:
+    """A process' network with its optimizer, random images, and the bytes that it all-reduced of late."""
 
-    def update(batches: int, reduces: bool) -> None:
+    def __init__(self, settings: Settings, implementation: str) -> None:
+        self.images = torch.randn(settings.batch_size, 3, settings.input_size, settings.input_size)
+        self.labels = torch.randint(1000, (settings.batch_size,))
+        self.reduced: list[int] = []
+        self.model = timm.create_model(settings.model, img_size=settings.input_size)
+        ops.use(self.model, implementation)
+        calibrate(self.model, self.images)
+        self.network: nn.Module = self.model
+        if dist.get_world_size() > 1:
+            self.network = wrap(self.model, torch.device('cpu'))
+            self.network.register_comm_hook(None, self._count_and_reduce)
+        self.optimizer = build_optimizer(OptimizerConfig(opt='lamb', lr=1e-6, weight_decay=0.), self.model)
+
+    def _count_and_reduce(self, group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self.reduced.append(bucket.buffer().nbytes)
+        return default_hooks.allreduce_hook(group, bucket)
+
+    def update(self, batches: int, reduces: bool) -> None:
         for batch in range(batches):
-            keeps = isinstance(network, DistributedDataParallel) and not (reduces and batch == batches - 1)
-            with network.no_sync() if keeps else contextlib.nullcontext():
-                loss = sum(F.cross_entropy(logits, labels) for logits in network(images))
+            keeps = isinstance(self.network, DistributedDataParallel) and not (reduces and batch == batches - 1)
+            with self.network.no_sync() if keeps else contextlib.nullcontext():
+                loss = sum(F.cross_entropy(logits, self.labels) for logits in self.network(self.images))
                 (loss / batches).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clamp_steps_(model)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clamp_steps_(self.model)
 
+
+def timed_rows(trained: Trained, processes: int, settings: Settings) -> list[dict[str, Any]]:
+    """The rows of this number of processes, which start every update together."""
     rows = [{'processes': n, 'batches': batches, 'all_reduce': reduces, 'all_ms': [], 'all_cpu_ms': []}
             for n, batches, reduces in ROWS if n == processes]
-    for turn in range(WARM_UP + args.repeats):
+    for turn in range(WARM_UP + settings.repeats):
         for row in rows:
-            reduced.clear()
+            trained.reduced.clear()
             dist.barrier()
             begin, cpu_begin = time.perf_counter(), time.process_time()
-            update(row['batches'], row['all_reduce'])
+            trained.update(row['batches'], row['all_reduce'])
             if turn >= WARM_UP:
                 row['all_ms'].append((time.perf_counter() - begin) * 1e3)
                 row['all_cpu_ms'].append((time.process_time() - cpu_begin) * 1e3)
-            row['all_reduced_bytes'] = sum(reduced)
+            row['all_reduced_bytes'] = sum(trained.reduced)
     for row in rows:
         row['median_ms'] = statistics.median(row['all_ms'])
         row['median_cpu_ms'] = statistics.median(row['all_cpu_ms'])
-        row['images_per_second'] = 1e3 * processes * row['batches'] * args.batch_size / row['median_ms']
+        row['images_per_second'] = 1e3 * processes * row['batches'] * settings.batch_size / row['median_ms']
+    return rows
+
+
+def measure(rank: int, processes: int, folder: str, settings: Settings, implementation: str) -> None:
+    """What each process runs; rank 0 leaves the rows of this number of processes in `folder`."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store{processes}', rank=rank, world_size=processes)
+    torch.manual_seed(rank)
+    rows = timed_rows(Trained(settings, implementation), processes, settings)
     if rank == 0:
         Path(folder, f'{processes}.json').write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
-def estimate(bytes_of_gradients: int, bandwidth: float, step_ms: float | None) -> list[dict]:
+def estimate(bytes_of_gradients: int, bandwidth: float, step_ms: float | None) -> list[dict[str, Any]]:
     """By the formula, for every number of GPUs: milliseconds of the all-reduce and, with `step_ms`, the efficiency.
 
     Args:
@@ -136,7 +165,7 @@ def estimate(bytes_of_gradients: int, bandwidth: float, step_ms: float | None) -
     return rows
 
 
-def table(results: dict) -> str:
+def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [f'- {key}: {value}' for key, value in results.items() if key not in ('rows', 'estimate')] + [
         '', '| processes | batches | all-reduce | update (ms) | smallest to largest | CPU (ms) | images/s '
@@ -157,24 +186,24 @@ def table(results: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+    settings = parse_args(argv)
     try:
-        native_training.enable(args.native_kernels)
-    except NativeUnavailable as error:
-        print(f'error: --native-kernels: {error}', file=sys.stderr)
+        implementation = ops.choose(settings.native_kernels, torch.device('cpu'))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for processes in sorted({row[0] for row in ROWS}):
-            mp.spawn(measure, (processes, folder, args), nprocs=processes)
+            mp.spawn(measure, (processes, folder, settings, implementation), nprocs=processes)
             rows += json.loads(Path(folder, f'{processes}.json').read_text())
-    most = max(row['all_reduced_bytes'] for row in rows)
+    most, bandwidth = max(row['all_reduced_bytes'] for row in rows), settings.gpu_bandwidth
     results = {'command': shlex.join(['python', 'benchmarks/scaling.py', *argv]), 'hardware': hardware('cpu'),
-               'versions': versions(), 'runs': f'{args.repeats} updates after {WARM_UP} to warm up', 'rows': rows,
-               'estimate': estimate(most, args.gpu_bandwidth, args.gpu_step_ms) if args.gpu_bandwidth else []}
+               'versions': versions(), 'runs': f'{settings.repeats} updates after {WARM_UP} to warm up', 'rows': rows,
+               'estimate': estimate(most, bandwidth, settings.gpu_step_ms) if bandwidth else []}
     print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + '\n')
+    if settings.json:
+        settings.json.write_text(json.dumps(results, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -23,8 +23,7 @@ images; each figure comes from a process of its own. On a GPU it is the peak of 
 the tensors held between steps plus the resident set's growth to its peak during the steps after the warm-up; what
 libraries and the compiler keep for themselves is in neither. glibc keeps freed memory, so these processes, and never
 those that are timed, run with thresholds that make it return freed tensors; those that are timed keep it, as main.py
-does. Other systems have no peak that can be
-reset: there, none is given. 1 MB is 10^6 bytes.
+does. Other systems have no peak that can be reset: there, none is given. 1 MB is 10^6 bytes.
 """
 
 import argparse
@@ -35,7 +34,9 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -46,14 +47,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _quan_base import calibrate, clamp_steps_  # noqa: E402
-from losses import DistillationLoss, distribution_guided_distillation  # noqa: E402
-from models import Teacher  # noqa: E402
-from ops import cpu as native_training  # noqa: E402
-from ops.cpp_library import NativeUnavailable  # noqa: E402
+import ops  # noqa: E402
+from _quan_base import clamp_steps_  # noqa: E402
+from calibration.first_batch import calibrate  # noqa: E402
+from losses import Distillation, DistillationLoss, distribution_guided_distillation  # noqa: E402
+from models import BlockOutputs, Teacher  # noqa: E402
 from quant_vision_transformer import BITS, SIZES  # noqa: E402
-from training.optimizer import build_optimizer  # noqa: E402
-from utils import keep_freed_memory  # noqa: E402
+from training.optimizer import OptimizerConfig, build_optimizer  # noqa: E402
+from utils import UserError, keep_freed_memory  # noqa: E402
 
 VARIANTS = {f'{bits}_deit_{size}_patch16_224': f'deit_{size}_distilled_patch16_224' for bits in BITS for size in SIZES}
 NETWORKS = 'full precision', 'quantized'
@@ -62,7 +63,24 @@ STUDENT = 'student forward', 'backward'
 WARM_UP = 3  # steps before any measurement; the first compiles
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Settings:
+    """The flags."""
+    model: str
+    model_kwargs: dict[str, Any]
+    batch_size: int
+    input_size: int
+    device: str
+    threads: int
+    compile: bool
+    native_kernels: bool
+    amp: str
+    repeats: int
+    json: Path | None
+    memory_of: list[str] | None
+
+
+def parse_args(argv: list[str]) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
@@ -82,41 +100,57 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help='timed pairs of steps; more of them narrow the quartiles (default: %(default)s)')
     add('--json', type=Path, metavar='FILE', help='also write the results there, with the time of every step')
     add('--memory-of', nargs=2, metavar=('NETWORK', 'MODE'), help=argparse.SUPPRESS)  # the processes of peak_memory
-    args = parser.parse_args(argv)
-    if args.input_size % 16 or min(args.input_size, args.batch_size, args.threads, args.repeats) < 1:
+    settings = Settings(**vars(parser.parse_args(argv)))
+    numbers = settings.input_size, settings.batch_size, settings.threads, settings.repeats
+    if settings.input_size % 16 or min(numbers) < 1:
         parser.error('the numbers are at least 1, and --input-size is a multiple of 16')
-    if args.native_kernels and args.device != 'cpu':
+    if settings.native_kernels and settings.device != 'cpu':
         parser.error('--native-kernels are for --device cpu')
-    if not (args.device == 'cpu' or args.device.startswith('cuda') and torch.cuda.is_available()):
-        parser.error(f'--device {args.device}: neither cpu nor a GPU that PyTorch {torch.__version__} finds')
-    return args
+    if not (settings.device == 'cpu' or settings.device.startswith('cuda') and torch.cuda.is_available()):
+        parser.error(f'--device {settings.device}: neither cpu nor a GPU that PyTorch {torch.__version__} finds')
+    return settings
 
 
-def build_batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def build_batch(settings: Settings) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) and labels (B,), random."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, generator=generator)
-    return images.to(args.device), torch.randint(1000, (args.batch_size,), generator=generator).to(args.device)
+    images = torch.randn(settings.batch_size, 3, settings.input_size, settings.input_size, generator=generator)
+    labels = torch.randint(1000, (settings.batch_size,), generator=generator)
+    return images.to(settings.device), labels.to(settings.device)
 
 
-def build_network(name: str, args: argparse.Namespace, images: Tensor) -> nn.Module:
+def build_network(name: str, settings: Settings, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
     if name == 'quantized':
-        net = timm.create_model(args.model, img_size=args.input_size, **args.model_kwargs).to(args.device)
+        net = timm.create_model(settings.model, img_size=settings.input_size, **settings.model_kwargs)
+        net.to(settings.device)
+        ops.use(net, ops.choose(settings.native_kernels, torch.device(settings.device)))
         calibrate(net, images)
     else:
-        net = timm.create_model(VARIANTS[args.model], img_size=args.input_size).to(args.device)
+        net = timm.create_model(VARIANTS[settings.model], img_size=settings.input_size).to(settings.device)
         net.set_distilled_training(True)
-    if args.compile:
+    if settings.compile:
         net.compile(fullgraph=name == 'quantized')
     return net
 
 
-def build_step(name: str, mode: str, net: nn.Module, args: argparse.Namespace, batch: tuple[Tensor, Tensor],
+class TimedTeacher(Teacher):
+    """A teacher whose forward is a part of its own."""
+
+    def __init__(self, model: nn.Module, return_qk: bool, watch: Stopwatch) -> None:
+        super().__init__(model, return_qk)
+        self._watch = watch
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, list[BlockOutputs]]:
+        with self._watch('teacher'):
+            return super().__call__(images)
+
+
+def build_step(name: str, mode: str, net: nn.Module, settings: Settings, batch: tuple[Tensor, Tensor],
                watch: Stopwatch) -> Callable[[], None]:
     """The function to measure, whose parts `watch` times."""
     images, labels = batch
-    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == 'bf16')
+    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, enabled=settings.amp == 'bf16')
     net.train(mode == 'training step')
     if mode == 'evaluation':
         def evaluate() -> None:
@@ -126,20 +160,21 @@ def build_step(name: str, mode: str, net: nn.Module, args: argparse.Namespace, b
 
     quantized = name == 'quantized'
     torch.manual_seed(1)
-    teacher = Teacher(timm.create_model(VARIANTS[args.model], img_size=args.input_size).to(args.device), quantized)
-    timed = _TimedTeacher(teacher, watch)
-    criterion = DistillationLoss(nn.CrossEntropyLoss(), timed, 'hard', 0.5, 1., float(quantized), net.num_prefix_tokens)
-    optimizer = build_optimizer(argparse.Namespace(opt='fusedlamb', lr=1e-6, weight_decay=0., momentum=0.9), net)
+    network = timm.create_model(VARIANTS[settings.model], img_size=settings.input_size).to(settings.device)
+    distillation = Distillation('hard', dgd_weight=float(quantized))
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), TimedTeacher(network, quantized, watch), distillation,
+                                 net.num_prefix_tokens)
+    optimizer = build_optimizer(OptimizerConfig(opt='fusedlamb', lr=1e-6, weight_decay=0.), net)
 
     def train() -> None:
         with autocast:
             with watch('student forward'):
-                outputs, qk = net(images, return_qk=True) if quantized else (net(images), None)
+                outputs, blocks = net(images, return_blocks=True) if quantized else (net(images), None)
             before = watch.parts.get('teacher', 0.)
             with watch('losses'):
-                loss = criterion(images, outputs, labels, qk)['loss']
+                loss = criterion(images, outputs, labels, blocks)['loss']
             watch.parts['losses'] -= watch.parts['teacher'] - before  # which the criterion runs
-        del outputs, qk
+        del outputs, blocks
         with watch('backward'):
             loss.backward()
         with watch('optimizer'):
@@ -150,24 +185,12 @@ def build_step(name: str, mode: str, net: nn.Module, args: argparse.Namespace, b
     return train
 
 
-class _TimedTeacher:
-    """A teacher whose forward is a part of its own."""
-
-    def __init__(self, teacher: Teacher, watch: Stopwatch) -> None:
-        self.return_qk, self.num_prefix_tokens = teacher.return_qk, teacher.num_prefix_tokens
-        self._teacher, self._watch = teacher, watch
-
-    def __call__(self, images: Tensor) -> tuple:
-        with self._watch('teacher'):
-            return self._teacher(images)
-
-
-def times(mode: str, nets: dict[str, nn.Module], args: argparse.Namespace, batch: tuple) -> dict[str, list[dict]]:
+def times(mode: str, nets: dict[str, nn.Module], settings: Settings, batch: tuple) -> dict[str, list[dict]]:
     """Milliseconds of every part of every step of each network, by pairs; who goes first alternates too."""
-    watch = Stopwatch(args.device)
-    steps = {name: build_step(name, mode, net, args, batch, watch) for name, net in nets.items()}
+    watch = Stopwatch(settings.device)
+    steps = {name: build_step(name, mode, net, settings, batch, watch) for name, net in nets.items()}
     taken = {name: [] for name in nets}
-    for turn in range(WARM_UP + args.repeats):
+    for turn in range(WARM_UP + settings.repeats):
         for name in NETWORKS if turn % 2 else NETWORKS[::-1]:
             watch.start()
             steps[name]()
@@ -175,16 +198,16 @@ def times(mode: str, nets: dict[str, nn.Module], args: argparse.Namespace, batch
     return {name: parts[WARM_UP:] for name, parts in taken.items()}
 
 
-def dgd_times(args: argparse.Namespace) -> dict[str, float]:
+def dgd_times(settings: Settings) -> dict[str, float]:
     """Median milliseconds of DGD, forward and backward, of random queries and keys: by d x d and by N x N products."""
-    width, heads = SIZES[args.model.split('_')[2]]
-    shape = args.batch_size, heads, (args.input_size // 16) ** 2 + 2, width // heads  # (B, H, N, d)
-    make = torch.Generator(args.device).manual_seed(0)
-    student, teacher = ([tuple(torch.randn(shape, generator=make, device=args.device, requires_grad=learns)
+    width, heads = SIZES[settings.model.split('_')[2]]
+    shape = settings.batch_size, heads, (settings.input_size // 16) ** 2 + 2, width // heads  # (B, H, N, d)
+    make = torch.Generator(settings.device).manual_seed(0)
+    student, teacher = ([tuple(torch.randn(shape, generator=make, device=settings.device, requires_grad=learns)
                                for _ in range(2)) for _ in range(12)] for learns in (True, False))
-    leaves, watch, taken = [x for pair in student for x in pair], Stopwatch(args.device), []
+    leaves, watch, taken = [x for pair in student for x in pair], Stopwatch(settings.device), []
     forms = {'d x d': distribution_guided_distillation, 'N x N': plain_dgd}
-    for _ in range(1 + args.repeats):
+    for _ in range(1 + settings.repeats):
         watch.start()
         for name, form in forms.items():
             with watch(name):
@@ -208,15 +231,15 @@ def peak_memory(name: str, mode: str, argv: list[str]) -> float | None:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def measure_memory(name: str, mode: str, args: argparse.Namespace) -> float | None:
+def measure_memory(name: str, mode: str, settings: Settings) -> float | None:
     """What `peak_memory` runs in its process."""
-    device, on_gpu = args.device, args.device != 'cpu'
+    device, on_gpu = settings.device, settings.device != 'cpu'
     if not (on_gpu or sys.platform == 'linux'):
         return None
-    batch = build_batch(args)
+    batch = build_batch(settings)
     before = torch.cuda.memory_allocated(device) if on_gpu else bytes_in_tensors()
-    net = build_network(name, args, batch[0])
-    step = build_step(name, mode, net, args, batch, Stopwatch(device))
+    net = build_network(name, settings, batch[0])
+    step = build_step(name, mode, net, settings, batch, Stopwatch(device))
     for turn in range(2 * WARM_UP):
         if turn == WARM_UP and on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -241,16 +264,16 @@ def summarize(taken: dict[str, list[float]], memory: dict[str, float | None], ba
             memory['quantized'] / memory['full precision'], 'all_ms': taken}
 
 
-def all_rows(nets: dict[str, nn.Module], args: argparse.Namespace, batch: tuple, memory: dict) -> tuple[dict, dict]:
+def all_rows(nets: dict[str, nn.Module], settings: Settings, batch: tuple, memory: dict) -> tuple[dict, dict]:
     """The rows of the table, and the median milliseconds of every part of the training step."""
     rows, parts = {}, {}
     for mode in MODES:
-        taken = times(mode, nets, args, batch)
+        taken = times(mode, nets, settings, batch)
         rows[mode] = summarize({name: [sum(step.values()) for step in taken[name]] for name in nets}, memory[mode],
-                               args.batch_size)
+                               settings.batch_size)
         if mode == 'training step':
             rows['student'] = summarize({name: [sum(step[part] for part in STUDENT) for step in taken[name]]
-                                         for name in nets}, dict.fromkeys(nets), args.batch_size)
+                                         for name in nets}, dict.fromkeys(nets), settings.batch_size)
             parts = {part: {name: statistics.median(step[part] for step in taken[name]) for name in NETWORKS}
                      for part in taken['quantized'][0]}
     return rows, parts
@@ -281,30 +304,30 @@ def table(results: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    settings = parse_args(argv)
+    torch.set_num_threads(settings.threads)
     try:
-        native_training.enable(args.native_kernels)
-    except NativeUnavailable as error:
-        print(f'error: --native-kernels: {error}', file=sys.stderr)
+        ops.choose(settings.native_kernels, torch.device(settings.device))  # compiles, before anything is measured
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
-    if args.memory_of:
-        print(json.dumps(measure_memory(*args.memory_of, args)))
+    if settings.memory_of:
+        print(json.dumps(measure_memory(*settings.memory_of, settings)))
         return
     # Memory first: this process would hold some of the GPU's.
     memory = {mode: {name: peak_memory(name, mode, argv) for name in NETWORKS} for mode in MODES}
-    if args.device == 'cpu':
+    if settings.device == 'cpu':
         keep_freed_memory()
-    batch = build_batch(args)
-    nets = {name: build_network(name, args, batch[0]) for name in NETWORKS}
-    rows, parts = all_rows(nets, args, batch, memory)
+    batch = build_batch(settings)
+    nets = {name: build_network(name, settings, batch[0]) for name in NETWORKS}
+    rows, parts = all_rows(nets, settings, batch, memory)
     results = {'command': shlex.join(['python', 'benchmarks/training_step.py', *argv]),
-               'hardware': hardware(args.device), 'threads': torch.get_num_threads(), 'versions': versions(),
-               'runs': f'{args.repeats} pairs of steps after {WARM_UP} to warm up', 'rows': rows, 'parts_ms': parts,
-               'dgd_ms': dgd_times(args)}
+               'hardware': hardware(settings.device), 'threads': torch.get_num_threads(), 'versions': versions(),
+               'runs': f'{settings.repeats} pairs of steps after {WARM_UP} to warm up', 'rows': rows, 'parts_ms': parts,
+               'dgd_ms': dgd_times(settings)}
     print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + '\n')
+    if settings.json:
+        settings.json.write_text(json.dumps(results, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ import pickle
 import re
 import shutil
 import warnings
-from argparse import Namespace
 from collections import Counter
 from urllib.error import URLError
 
@@ -20,16 +19,14 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from datasets import DATASETS, ImageList, build_dataset, build_transform
+from datasets import DATASETS, Augmentation, ImageList, build_transform
 from utils import UserError
 
 
-def flags(data_set='IMNET', data_path='', **changes) -> Namespace:
-    published = {
-        'input_size': 48, 'color_jitter': 0.4, 'aa': 'rand-m9-mstd0.5-inc1', 'train_interpolation': 'bicubic',
-        'reprob': 0.25, 'remode': 'pixel', 'recount': 1, 'inat_category': 'name',
-    }  # fmt: skip
-    return Namespace(data_set=data_set, data_path=str(data_path), **(published | changes))
+def build(is_train, data_set='IMNET', data_path=None, input_size=48, **options):
+    """The data set with DeiT's augmentation, and its number of classes."""
+    transform = build_transform(is_train, input_size, data_set)
+    return datasets.build_dataset(is_train, data_set, data_path, transform, **options)
 
 
 def write_image(path, seed=0, size=(60, 50)):
@@ -58,7 +55,7 @@ def imnet(tmp_path):
 
 
 def test_unknown_data_set_names_the_choices():
-    user_error(lambda: build_dataset(True, flags('MNIST')), "'MNIST'", *DATASETS)
+    user_error(lambda: build(True, 'MNIST'), "'MNIST'", *DATASETS)
 
 
 # ImageNet folders
@@ -66,7 +63,7 @@ def test_unknown_data_set_names_the_choices():
 
 def test_imnet_items_and_classes(imnet):
     for is_train, length in ((True, 6), (False, 3)):
-        dataset, nb_classes = build_dataset(is_train, flags(data_path=imnet))
+        dataset, nb_classes = build(is_train, 'IMNET', imnet)
         assert (len(dataset), nb_classes, dataset.classes) == (length, 3, ['ant', 'bee', 'cat'])
         image, label = dataset[length - 1]
         assert (image.shape, image.dtype, label) == ((3, 48, 48), torch.float32, 2)
@@ -75,40 +72,40 @@ def test_imnet_items_and_classes(imnet):
 def test_imnet_val_takes_the_labels_of_train(imnet):
     shutil.rmtree(imnet / 'val' / 'ant')
     (imnet / 'val' / 'bee' / '0.png').unlink()
-    dataset, nb_classes = build_dataset(False, flags(data_path=imnet))
+    dataset, nb_classes = build(False, 'IMNET', imnet)
     assert (nb_classes, [label for _, label in dataset.samples]) == (3, [2])
 
 
 def test_imnet_val_with_unknown_classes(imnet):
     write_image(imnet / 'val' / 'dog' / '0.png')
     write_image(imnet / 'val' / 'eel' / '0.png')
-    user_error(lambda: build_dataset(False, flags(data_path=imnet)), "'dog' (and 1 more)", imnet / 'train')
-    assert len(build_dataset(True, flags(data_path=imnet))[0]) == 6
+    user_error(lambda: build(False, 'IMNET', imnet), "'dog' (and 1 more)", imnet / 'train')
+    assert len(build(True, 'IMNET', imnet)[0]) == 6
 
 
 def test_imnet_without_train_counts_the_classes_of_val(imnet):
     shutil.rmtree(imnet / 'train')
-    for given in ({}, {'nb_classes': None}, {'nb_classes': 3}):
-        dataset, nb_classes = build_dataset(False, flags(data_path=imnet, **given))
+    for expected in (None, 3):
+        dataset, nb_classes = build(False, 'IMNET', imnet, num_classes=expected)
         assert (nb_classes, dataset.classes) == (3, ['ant', 'bee', 'cat'])
-    user_error(lambda: build_dataset(False, flags(data_path=imnet, nb_classes=4)), '3', '4', imnet / 'train')
-    user_error(lambda: build_dataset(True, flags(data_path=imnet)), imnet / 'train')
+    user_error(lambda: build(False, 'IMNET', imnet, num_classes=4), 'has 3 class folders, not 4', imnet / 'train')
+    user_error(lambda: build(True, 'IMNET', imnet), imnet / 'train')
 
 
 def test_imnet_missing_or_empty_folders(imnet):
-    user_error(lambda: build_dataset(True, flags(data_path=imnet / 'nowhere')), imnet / 'nowhere')
+    user_error(lambda: build(True, 'IMNET', imnet / 'nowhere'), f'--data-path {imnet / "nowhere"} is not a folder')
     (imnet / 'train' / 'dog').mkdir()
     (imnet / 'train' / 'eel').mkdir()
-    user_error(lambda: build_dataset(True, flags(data_path=imnet)), imnet / 'train' / 'dog', '1 more')
-    assert build_dataset(False, flags(data_path=imnet))[1] == 5
+    user_error(lambda: build(True, 'IMNET', imnet), imnet / 'train' / 'dog', '1 more')
+    assert build(False, 'IMNET', imnet)[1] == 5
     for path in (imnet / 'val').glob('*/*'):
         path.unlink()
-    user_error(lambda: build_dataset(False, flags(data_path=imnet)), imnet / 'val')
+    user_error(lambda: build(False, 'IMNET', imnet), f'no images in {imnet / "val"}')
     shutil.rmtree(imnet / 'val')
-    user_error(lambda: build_dataset(False, flags(data_path=imnet)), imnet / 'val')
+    user_error(lambda: build(False, 'IMNET', imnet), f'{imnet / "val"} is missing')
     (imnet / 'val').mkdir()
     write_image(imnet / 'val' / 'flat.png')
-    user_error(lambda: build_dataset(False, flags(data_path=imnet)), imnet / 'val', 'class folders')
+    user_error(lambda: build(False, 'IMNET', imnet), imnet / 'val', 'class folders')
 
 
 # Damaged files
@@ -118,7 +115,7 @@ def test_damaged_image_is_skipped_in_training_and_counted(imnet):
     (imnet / 'train' / 'bee' / '0.png').write_bytes(b'no image')
     whole = (imnet / 'train' / 'cat' / '1.png').read_bytes()
     (imnet / 'train' / 'cat' / '1.png').write_bytes(whole[: len(whole) // 2])
-    dataset, _ = build_dataset(True, flags(data_path=imnet))
+    dataset, _ = build(True, 'IMNET', imnet)
     with pytest.warns(UserWarning, match=r'number 1: .*bee.0\.png'):
         assert dataset[2][1] == 1
     with pytest.warns(UserWarning, match=r'number 2: .*cat.1\.png'):
@@ -131,7 +128,7 @@ def test_damaged_image_is_skipped_in_training_and_counted(imnet):
 def test_damaged_image_stops_evaluation(imnet):
     bad = imnet / 'val' / 'bee' / '0.png'
     bad.write_bytes(b'no image')
-    dataset, _ = build_dataset(False, flags(data_path=imnet))
+    dataset, _ = build(False, 'IMNET', imnet)
     assert dataset[0][1] == 0
     user_error(lambda: dataset[1], bad)
     bad.unlink()
@@ -151,23 +148,23 @@ def test_only_so_many_damaged_images_in_a_row(tmp_path):
 # Transforms
 
 
-def steps(is_train, **changes) -> list:
-    return build_transform(is_train, flags(**changes)).transforms
+def parts(is_train, **changes) -> list:
+    return build_transform(is_train, **changes).transforms
 
 
 def test_evaluation_transform():
-    resize, crop, *rest = steps(False, input_size=224)
+    resize, crop, *rest = parts(False, input_size=224)
     assert (resize.size, resize.interpolation) == (256, transforms.InterpolationMode.BICUBIC)
     assert crop.size == (224, 224)
-    assert [type(step) for step in rest] == [transforms.ToTensor, transforms.Normalize]
+    assert [type(part) for part in rest] == [transforms.ToTensor, transforms.Normalize]
     np.testing.assert_allclose(rest[1].mean, (0.485, 0.456, 0.406))
     np.testing.assert_allclose(rest[1].std, (0.229, 0.224, 0.225))
-    assert steps(False, input_size=384)[0].size == 438
-    assert steps(False, input_size=224, eval_crop_ratio=1.0)[0].size == 224
+    assert parts(False, input_size=384)[0].size == 438
+    assert parts(False, input_size=224, eval_crop_ratio=1.0)[0].size == 224
 
 
 def test_small_images_are_evaluated_whole():
-    transform = build_transform(False, flags(input_size=32))
+    transform = build_transform(False, 32)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     untouched = transforms.Compose(transform.transforms[-2:])(image)
     assert torch.equal(transform(image), untouched)
@@ -175,11 +172,11 @@ def test_small_images_are_evaluated_whole():
 
 
 def test_training_transform_has_the_published_augmentation():
-    crop, *rest = steps(True, input_size=224)
+    crop, *rest = parts(True, input_size=224)
     assert isinstance(crop, RandomResizedCropAndInterpolation)
     assert crop.size == (224, 224)
     assert crop.interpolation == transforms.InterpolationMode.BICUBIC
-    assert [type(step).__name__ for step in rest] == [
+    assert [type(part).__name__ for part in rest] == [
         'RandomHorizontalFlip', 'RandAugment', 'MaybeToTensor', 'Normalize', 'RandomErasing',
     ]  # fmt: skip
     erasing = rest[-1]
@@ -188,21 +185,23 @@ def test_training_transform_has_the_published_augmentation():
 
 def test_training_transform_without_policy_jitters_colours():
     for off in (None, '', 'none'):
-        names = [type(step).__name__ for step in steps(True, aa=off, reprob=0.0)]
+        jittering = Augmentation(aa=off, reprob=0.0)
+        names = [type(part).__name__ for part in parts(True, input_size=48, augmentation=jittering)]
         assert 'ColorJitter' in names
         assert 'RandAugment' not in names
         assert 'RandomErasing' not in names
 
 
 def test_training_transform_without_random_crop():
-    resize, crop, flip, *_, erasing = steps(True, input_size=224, random_resized_crop=False)
+    resize, crop, flip, *_, erasing = parts(
+        True, input_size=224, augmentation=Augmentation(random_resized_crop=False))
     assert (resize.size, crop.size) == (256, (224, 224))
     assert isinstance(flip, transforms.RandomHorizontalFlip)
     assert isinstance(erasing, RandomErasing)
 
 
 def test_small_training_transform_pads_and_crops():
-    transform = build_transform(True, flags(input_size=32))
+    transform = build_transform(True, 32)
     crop = transform.transforms[1]
     assert isinstance(crop, transforms.RandomCrop)
     assert (crop.size, crop.padding) == ((32, 32), 4)
@@ -215,39 +214,37 @@ def test_small_training_transform_pads_and_crops():
     [('aa', 'nonsense'), ('aa', 'rand-m9-x5'), ('remode', 'stripes'), ('train_interpolation', 'nearestish')],
 )
 def test_wrong_augmentation_flags(flag, value):
-    user_error(lambda: build_transform(True, flags(**{flag: value})), f'--{flag.replace("_", "-")}', value)
-    build_transform(False, flags(**{flag: value}))
-
-
-# Draft decoding
+    augmentation = Augmentation(**{flag: value})
+    user_error(lambda: build_transform(True, 48, augmentation=augmentation), f'--{flag.replace("_", "-")} {value!r}')
+    build_transform(False, 48, augmentation=augmentation)
 
 
 # Digits
 
 
 def test_digits_are_split_once_and_completely():
-    train, nb_classes = build_dataset(True, flags('DIGITS', input_size=16))
-    val, _ = build_dataset(False, flags('DIGITS', input_size=16))
+    train, nb_classes = build(True, 'DIGITS', input_size=16)
+    val, _ = build(False, 'DIGITS', input_size=16)
     assert nb_classes == 10
     assert train.classes == val.classes == list('0123456789')
     assert len(train) + len(val) == 1797
     everyone = Counter(train.targets) + Counter(val.targets)
     assert Counter(val.targets) == Counter({digit: count // 5 for digit, count in everyone.items()})
     assert train.images.max() == 255
-    again, _ = build_dataset(True, flags('DIGITS', input_size=16))
+    again, _ = build(True, 'DIGITS', input_size=16)
     assert np.array_equal(train.images, again.images)
     assert train.targets == again.targets
 
 
 def test_digits_items_and_transforms():
-    val, _ = build_dataset(False, flags('DIGITS', input_size=32))
+    val, _ = build(False, 'DIGITS', input_size=32)
     image, label = val[3]
     assert (image.shape, label) == ((3, 32, 32), val.targets[3])
     assert torch.equal(image, val[3][0])
-    train, _ = build_dataset(True, flags('DIGITS', input_size=32))
+    train, _ = build(True, 'DIGITS', input_size=32)
     assert train[0][0].shape == (3, 32, 32)
     assert not torch.equal(train[0][0], train[0][0])
-    kinds = {type(step).__name__ for step in train.transform.transforms}
+    kinds = {type(part).__name__ for part in train.transform.transforms}
     assert kinds == {'Resize', 'RandomAffine', 'ToTensor', 'Normalize'}
 
 
@@ -283,7 +280,7 @@ def test_cifar_reads_present_files_without_network(monkeypatch, tmp_path, name, 
     fake_cifar(monkeypatch, tmp_path, source, [f'class {number}' for number in range(nb_classes)])
     no_network(monkeypatch, source)
     for is_train, length in ((True, 4), (False, 2)):
-        dataset, found = build_dataset(is_train, flags(name, tmp_path, input_size=32))
+        dataset, found = build(is_train, name, tmp_path, input_size=32)
         assert (found, len(dataset.classes), len(dataset)) == (nb_classes, nb_classes, length)
         image, label = dataset[1]
         assert (image.shape, label) == ((3, 32, 32), 1)
@@ -293,9 +290,9 @@ def test_cifar_reads_present_files_without_network(monkeypatch, tmp_path, name, 
 def test_cifar_that_cannot_be_had(monkeypatch, tmp_path, name, source):
     no_network(monkeypatch, source)
     folder = tmp_path / source.base_folder
-    user_error(lambda: build_dataset(True, flags(name, tmp_path)), folder, 'no route', source.filename)
+    user_error(lambda: build(True, name, tmp_path), folder, 'no route', source.filename)
     folder.mkdir()
-    user_error(lambda: build_dataset(True, flags(name, tmp_path)), folder, 'incomplete')
+    user_error(lambda: build(True, name, tmp_path), folder, 'incomplete')
 
 
 # iNaturalist
@@ -328,41 +325,41 @@ def test_inat_numbers_labels_by_first_appearance(inat, name, year, flat):
     if flat:  # DeiT's layout has no folders of kingdoms
         for number, kingdom in enumerate(('Fungi', 'Plants', 'Fungi')):
             shutil.move(inat / f'tv{year}' / kingdom / str(number), inat / f'tv{year}' / str(number))
-    train, nb_classes = build_dataset(True, flags(name, inat))
+    train, nb_classes = build(True, name, inat)
     assert (nb_classes, train.classes) == (3, ['species 2', 'species 1', 'species 0'])
     assert [train[index][1] for index in range(4)] == [0, 1, 2, 0]
-    val, _ = build_dataset(False, flags(name, inat))
+    val, _ = build(False, name, inat)
     assert val.classes == train.classes
     assert [val[index][1] for index in range(2)] == [2, 1]
 
 
 def test_inat_categories(inat):
     for category in datasets.INAT_CATEGORIES:
-        dataset, nb_classes = build_dataset(True, flags('INAT', inat, inat_category=category))
+        dataset, nb_classes = build(True, 'INAT', inat, inat_category=category)
         assert nb_classes == len(dataset.classes) == (2 if category == 'kingdom' else 3)
-    dataset, _ = build_dataset(True, flags('INAT', inat, inat_category='kingdom'))
+    dataset, _ = build(True, 'INAT', inat, inat_category='kingdom')
     assert [label for _, label in dataset.samples] == [0, 1, 0, 0]
-    user_error(lambda: build_dataset(True, flags('INAT', inat, inat_category='tribe')), "'tribe'", 'supercategory')
+    user_error(lambda: build(True, 'INAT', inat, inat_category='tribe'), "'tribe'", 'supercategory')
 
 
 def test_inat_mistakes(inat):
-    user_error(lambda: build_dataset(True, flags('INAT', inat / 'nowhere')), inat / 'nowhere')
+    user_error(lambda: build(True, 'INAT', inat / 'nowhere'), inat / 'nowhere')
     (inat / 'val2018.json').write_text('{')
-    user_error(lambda: build_dataset(False, flags('INAT', inat)), inat / 'val2018.json')
+    user_error(lambda: build(False, 'INAT', inat), inat / 'val2018.json')
     (inat / 'val2018.json').unlink()
-    user_error(lambda: build_dataset(False, flags('INAT', inat)), inat / 'val2018.json')
+    user_error(lambda: build(False, 'INAT', inat), inat / 'val2018.json')
     (inat / 'train2018.json').write_text('{"images": [{"file_name": "a/b/9/c.png"}], "annotations": []}')
-    user_error(lambda: build_dataset(True, flags('INAT', inat)), inat, '2018')
+    user_error(lambda: build(True, 'INAT', inat), inat, '2018')
 
 
 def test_inat_damaged_image(inat):
     bad = inat / 'tv2018' / 'Fungi' / '2' / 'train0.png'
     bad.write_bytes(b'')
     with pytest.warns(UserWarning, match=re.escape(str(bad))):
-        assert build_dataset(True, flags('INAT', inat))[0][0][1] == 1
+        assert build(True, 'INAT', inat)[0][0][1] == 1
     bad = inat / 'tv2018' / 'Fungi' / '0' / 'val0.png'
     bad.write_bytes(b'')
-    user_error(lambda: build_dataset(False, flags('INAT', inat))[0][0], bad)
+    user_error(lambda: build(False, 'INAT', inat)[0][0], bad)
 
 
 @pytest.mark.parametrize('name', ['Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'])

@@ -1,7 +1,6 @@
 """Coverage, balance and resumption of the samplers, and the samples that come of the seeds they hand out."""
 
 import random
-from argparse import Namespace
 from collections import Counter
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset
 
-from datasets import ImageList, SeededSamples, build_transform
+from datasets import Augmentation, ImageList, SeededSamples, build_transform
 from samplers import ExactEvalSampler, RASampler, ResumableSampler, build_train_sampler
 
 WORLDS = (1, 2, 3, 4, 7)
@@ -140,11 +139,7 @@ def augmented(tmp_path):
         pixels = np.random.default_rng(label).integers(0, 256, (50, 60, 3), dtype=np.uint8)
         samples.append((str(tmp_path / f'{label}.png'), label))
         Image.fromarray(pixels).save(samples[-1][0])
-    args = Namespace(
-        data_set='IMNET', input_size=48, color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='random',
-        reprob=0.7, remode='pixel', recount=1,
-    )  # fmt: skip
-    transform = build_transform(True, args)
+    transform = build_transform(True, 48, augmentation=Augmentation(train_interpolation='random', reprob=0.7))
     return SeededSamples(ImageList(samples, [str(label) for label in range(24)], transform, skip_unreadable=True))
 
 

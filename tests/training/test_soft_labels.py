@@ -11,15 +11,16 @@ from torch import nn
 
 import soft_labels
 from _quan_base import is_calibrated
-from checkpoints.files import read_checkpoint
-from checkpoints.networks import create_from_checkpoint
-from datasets import Digits, SeededSamples
-from losses import DistillationLoss
+from checkpoints.networks import open_network
+from datasets import Augmentation, Digits, SeededSamples, build_transform
+from losses import Distillation, DistillationLoss, SoftLabels
 from models import Teacher
-from training.methods.stored_labels import SoftLabels, StoredCrops, StoredLabels, raw_image, take_crop, top_k
+from training.data import DataSource, build_train_dataset, calibration_images
+from training.methods.soft_labels import StoredCrops, StoredLabels, raw_image, take_crop, top_k
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+DIGITS = DataSource('DIGITS', None, 16)
 
 
 def write(path, teacher_path, *flags) -> int:
@@ -40,7 +41,7 @@ def all_classes(teacher_path, tmp_path_factory):
 def test_with_all_classes_the_labels_are_the_teachers_softmax(all_classes, teacher_path):
     stored = StoredLabels.read(all_classes)
     assert stored.values.shape == stored.indices.shape == (1442, 2, 10) and stored.boxes.shape == (1442, 2, 4)
-    teacher, base = create_from_checkpoint(read_checkpoint(teacher_path)).eval(), Digits(True, raw_image)
+    teacher, base = open_network(teacher_path).model, Digits(True, raw_image)
     for first in (0, 256):  # in the batches of the command: those of another size differ in the last digit
         crops = torch.stack([take_crop(base[i][0], stored.boxes[i, m].tolist(), bool(stored.flips[i, m]), 16, 'bicubic')
                              for i in range(first, first + 256) for m in (0, 1)])
@@ -68,17 +69,17 @@ def test_the_loss_is_that_of_the_teacher(kind):
     torch.manual_seed(0)
     model, images, labels = nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), torch.randn(5, 3, 2, 2), torch.arange(5)
     outputs = torch.randn(5, 6), torch.randn(5, 6)
-    options = kind, 0.7, 2., 0.
-    expected = DistillationLoss(nn.CrossEntropyLoss(), Teacher(model, False), *options)(images, outputs, labels)
+    distillation = Distillation(kind, 0.7, 2.)
+    expected = DistillationLoss(nn.CrossEntropyLoss(), Teacher(model), distillation)(images, outputs, labels)
     with torch.no_grad():
         stored = SoftLabels(labels, *top_k(model(images).softmax(1), 6))
-    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, *options, stored_labels=True)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, distillation, stored_labels=True)
     found = criterion(images, outputs, stored)
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() == {'loss', 'loss_cls', 'loss_distill'}
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
     with pytest.raises(UserError, match='needs a teacher'):
-        DistillationLoss(nn.CrossEntropyLoss(), None, *options)
+        DistillationLoss(nn.CrossEntropyLoss(), None, distillation)
 
 
 def test_items_are_stored_crops_with_their_own_labels(all_classes):
@@ -96,6 +97,17 @@ def test_items_are_stored_crops_with_their_own_labels(all_classes):
     assert drawn == {0, 1}
 
 
+def test_training_shows_crops_and_calibration_whole_images(all_classes, capsys):
+    dataset = build_train_dataset(DIGITS, Augmentation(), str(all_classes))
+    said = f'--soft-labels {all_classes}: 2 crops of 1442 images, 10 classes each, by best_checkpoint.pth; without'
+    assert capsys.readouterr().out.startswith(said)
+    whole = Digits(True, build_transform(False, 16, 'DIGITS'))
+    drawn = torch.randperm(1442, generator=torch.Generator().manual_seed(3))[:5].tolist()
+    images = calibration_images(dataset, DIGITS, 5, seed=3)
+    assert torch.equal(images, torch.stack([whole[index][0] for index in drawn]))
+    assert isinstance(dataset[drawn[0], 0][1], SoftLabels)  # and crops again afterwards
+
+
 def test_a_crop_is_what_its_box_says():
     image = Image.new('RGB', (8, 6))
     image.putpixel((5, 2), (255, 255, 255))
@@ -104,6 +116,7 @@ def test_a_crop_is_what_its_box_says():
     assert (take_crop(image, [1, 4, 4, 4], True, 4, 'bilinear')[0] > 1).nonzero().tolist() == [[1, 2]]
 
 
+@pytest.mark.whole_run
 def test_a_run_without_a_teacher(all_classes, teacher_path, tmp_path, capsys):
     for calibration in ('published', 'mse'):
         assert run(*TINY, '--epochs', 1, '--soft-labels', all_classes, '--distillation-type', 'both', '--finetune',
@@ -113,7 +126,7 @@ def test_a_run_without_a_teacher(all_classes, teacher_path, tmp_path, capsys):
         assert 'Accuracy of the teacher' not in said
         log = json.loads((tmp_path / 'log.txt').read_text().splitlines()[-1])
         assert log['train_loss_distill'] > 0 and log['test_acc1'] > 15
-        assert is_calibrated(create_from_checkpoint(read_checkpoint(tmp_path / 'checkpoint.pth')))
+        assert is_calibrated(open_network(tmp_path / 'checkpoint.pth').model)
 
 
 def test_other_images_or_sizes_are_refused(all_classes, tmp_path):
@@ -126,9 +139,18 @@ def test_other_images_or_sizes_are_refused(all_classes, tmp_path):
     shuffled.targets = shuffled.targets[::-1]
     with pytest.raises(UserError, match='other images'):
         StoredCrops(shuffled, stored, 16)
-    safetensors.torch.save_file({'x': torch.zeros(1)}, tmp_path / 'x.safetensors')
+
+
+def test_what_is_no_file_of_soft_labels_is_refused(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    with pytest.raises(UserError, match='cannot be read .*: write it with soft_labels.py'):
+        StoredLabels.read(path)
+    path.write_bytes(b'no such format')
+    with pytest.raises(UserError, match='cannot be read .*: write it with soft_labels.py'):
+        StoredLabels.read(path)
+    safetensors.torch.save_file({'x': torch.zeros(1)}, path)
     with pytest.raises(UserError, match='holds no soft labels'):
-        StoredLabels.read(tmp_path / 'x.safetensors')
+        StoredLabels.read(path)
 
 
 @pytest.mark.parametrize(('flags', 'line'), [

@@ -3,13 +3,13 @@
 FKD (Shen and Xing, ECCV 2022, arXiv 2112.01528): for each image, M random crops with the teacher's probabilities for
 each. Of these the K largest are kept, in half precision, and what is missing to 1 is spread evenly over the other
 classes (the paper's marginal smoothing). The teacher has seen just these crops, so training shows no others: there is
-no further augmentation. One of an image's crops is drawn each time; the paper takes several of them in a batch, as
-repeated augmentation does here.
+no further augmentation. Each time an image comes up, one of its crops is drawn; the paper puts several of them into a
+batch, as repeated augmentation does here.
 
-A file is in the safetensors format. `soft_labels.py` writes it.
+The command `soft_labels.py` writes a file, in the safetensors format.
 
-Cost: none in the deployed network. In training, the teacher's forward is saved; a label is scattered to its classes.
-In the file, 17 + 6 K bytes a crop.
+Nothing of this costs the deployed network anything. Training saves the teacher's forward, and only has to spread a
+stored label over the classes (`losses.SoftLabels`). A file takes 17 + 6 K bytes a crop.
 """
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ from torchvision.transforms import functional
 
 from datasets import normalized
 from losses import SoftLabels
-from utils import UserError
+from utils import UserError, write_whole
 
 __all__ = ['StoredCrops', 'StoredLabels', 'fingerprint', 'raw_image', 'take_crop', 'top_k']
 
 FORMAT = 'soft labels 1'
+_TENSORS = 'boxes', 'flips', 'indices', 'values'
 
 
 def top_k(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(indices, values) of the k largest, int32 and half: (..., classes) -> (..., k) each."""
+    """The classes and the values of the k largest, as int32 and half: (..., classes) -> (..., k) each."""
     values, indices = probabilities.topk(k, dim=-1)
     return indices.to(torch.int32), values.half()
 
 
 def take_crop(image: Image.Image, box: list[int], flip: bool, size: int, interpolation: str) -> Tensor:
-    """The crop as networks take it, (3, size, size).
+    """The crop as networks take it, normalized, (3, size, size).
 
     Args:
         box: top, left, height, width in pixels of the image.
+        flip: mirror the crop.
         interpolation: 'bilinear' or 'bicubic'.
     """
     image = functional.resized_crop(image, *box, [size, size], transforms.InterpolationMode(interpolation))
@@ -55,12 +57,15 @@ def take_crop(image: Image.Image, box: list[int], flip: bool, size: int, interpo
 
 
 def raw_image(image: Image.Image) -> Image.Image:
-    """The transform of a data set whose images are to be cropped by a wrapper of it."""
+    """The transform of a data set that leaves its images as they are, for a wrapper to crop them."""
     return image
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Of the images' order: file names and labels, or the labels of a data set without files."""
+    """A hash that tells whether two data sets have the same images in the same order.
+
+    It is made of file names and labels, or of the labels alone where the images are no files.
+    """
     samples = getattr(dataset, 'samples', None)
     items = list(dataset.targets) if samples is None else [(os.path.basename(path), label) for path, label in samples]
     return hashlib.sha256(json.dumps([items, list(dataset.classes)]).encode()).hexdigest()
@@ -73,65 +78,65 @@ class StoredLabels:
     Attributes:
         boxes: top, left, height, width of every crop, int32 (images, M, 4).
         flips: whether it is mirrored, bool (images, M).
-        indices: int32 (images, M, K), and values: half (images, M, K), see `top_k`.
-        about: input_size, interpolation, fingerprint and teacher.
+        indices: the classes of its K largest probabilities, int32 (images, M, K), see `top_k`.
+        values: these probabilities, half (images, M, K).
+        origin: what the labels are of: input_size, interpolation, fingerprint and teacher.
     """
     boxes: Tensor
     flips: Tensor
     indices: Tensor
     values: Tensor
-    about: dict[str, str]
+    origin: dict[str, str]
 
     def __str__(self) -> str:
         images, crops, k = self.values.shape
-        return f'{crops} crops of {images} images, {k} classes each, by {self.about["teacher"]}'
+        return f'{crops} crops of {images} images, {k} classes each, by {self.origin["teacher"]}'
 
     def write(self, path: str | Path) -> None:
-        path = Path(path)
-        beside = path.with_name(f'.{path.name}.{os.getpid()}')
-        tensors = {name: getattr(self, name) for name in ('boxes', 'flips', 'indices', 'values')}
-        try:
-            safetensors.torch.save_file(tensors, beside, {'format': FORMAT, **self.about})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        metadata = {'format': FORMAT, **self.origin}
+        write_whole(path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata))
 
     @classmethod
     def read(cls, path: str | Path) -> StoredLabels:
-        """Raises UserError: no such file, or one of another kind."""
+        """What `write` wrote.
+
+        Raises:
+            UserError: no such file, or one of another kind.
+        """
         try:
             with safetensors.safe_open(path, 'pt') as file:
-                about = file.metadata() or {}
-                if about.pop('format', None) != FORMAT:
+                origin = file.metadata() or {}
+                if origin.pop('format', None) != FORMAT:
                     raise UserError(f'--soft-labels {path} holds no soft labels: write it with soft_labels.py')
-                tensors = {name: file.get_tensor(name) for name in ('boxes', 'flips', 'indices', 'values')}
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f'--soft-labels {path} cannot be read ({" ".join(str(error).split())}): write it with '
                             'soft_labels.py') from error
-        return cls(**tensors, about=about)
+        return cls(**tensors, origin=origin)
 
 
 class StoredCrops(Dataset):
-    """The stored crops of a data set: an item is one of an image's, (3, size, size), with its `SoftLabels`.
+    """A data set's images as their stored crops: an item is one of them, (3, size, size), and its `SoftLabels`.
 
     Args:
-        base: the data set that the labels are of; its transform is taken out.
-        size: of the images in training.
+        base: the data set that the labels are of; from here on it gives raw images.
+        size: height and width of the images in training.
 
     Raises:
         UserError: the labels are of other images, or of another size.
     """
 
     def __init__(self, base: Dataset, stored: StoredLabels, size: int) -> None:
-        about = stored.about
-        if len(base) != len(stored.values) or about['fingerprint'] != fingerprint(base):
+        origin = stored.origin
+        if len(base) != len(stored.values) or origin['fingerprint'] != fingerprint(base):
             raise UserError(f'--soft-labels are of {len(stored.values)} other images than the {len(base)} here: write '
                             'them anew with soft_labels.py')
-        if int(about['input_size']) != size:
-            raise UserError(f'--soft-labels are for --input-size {about["input_size"]}, not {size}')
+        if int(origin['input_size']) != size:
+            raise UserError(f'--soft-labels are for --input-size {origin["input_size"]}, not {size}')
         base.transform = raw_image
         self.base, self.stored, self.size = base, stored, size
-        self.transform = None  # calibration sets another for a while, and sees whole images
+        self.transform = None  # calibration sets one for a while, to see whole images instead of crops
 
     @property
     def classes(self) -> list[str]:
@@ -147,5 +152,5 @@ class StoredCrops(Dataset):
         stored = self.stored
         crop = int(torch.randint(stored.boxes.shape[1], ()))
         pixels = take_crop(image, stored.boxes[index, crop].tolist(), bool(stored.flips[index, crop]), self.size,
-                           stored.about['interpolation'])
+                           stored.origin['interpolation'])
         return pixels, SoftLabels(torch.tensor(label), stored.indices[index, crop], stored.values[index, crop])
