@@ -21,20 +21,20 @@ import quant_vision_transformer  # noqa: F401  registers the quantized ones
 from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
 from checkpoints.networks import create_network, open_network
-from utils import UserError, key_value, report, write_whole
+from utils import Parser, UserError, image_size, key_value, positive_int, report, write_whole
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=f'{__doc__}\n{CONVENTIONS}', allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=f'{__doc__}\n{CONVENTIONS}', allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--model', nargs='+', default=[], metavar='NAME', help='networks of the registry, quantized or full-precision')
-    add('--input-size', '--img-size', type=int, help='image size, 224 unless the checkpoint says another')
+    add('--input-size', '--img-size', type=image_size, help='image size, 224 unless the checkpoint says another')
     add('--weight-bits', type=int, help="bits of the blocks' weights, instead of the variant's")
     add('--act-bits', type=int, help="bits of the blocks' activations, instead of the variant's")
     add('--model-kwargs', nargs='+', default=[], type=key_value, metavar='KEY=VALUE', help='as of main.py, e.g. '
         'irm=False')
-    add('--num-classes', type=int, help='1000 unless the checkpoint says another')
+    add('--num-classes', type=positive_int, help='1000 unless the checkpoint says another')
     add('--checkpoint', metavar='FILE', help='count the network of this file; one that does not say which needs '
                                              '--model')
     add('--packed', metavar='FILE', help="the network's packed file, for its real bytes")
@@ -49,18 +49,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses values out of range and contradictions, before any network is built.
+    """Refuses contradictions and missing files, before any network is built.
 
     Raises:
         UserError: the first of them, in one line.
     """
-    if args.num_classes is not None and args.num_classes < 1:
-        raise UserError(f'--num-classes {args.num_classes}: choose at least 1')
-    if args.input_size is not None and args.input_size < 1:
-        raise UserError(f'--input-size {args.input_size}: choose a value above 0')
-    for name, flag in (('num_classes', '--num-classes'), ('img_size', '--input-size')):
+    for name in ('num_classes', 'img_size'):
         if name in dict(args.model_kwargs):
-            raise UserError(f'--model-kwargs {name}: give it as {flag}')
+            raise UserError(f'--model-kwargs {name}: leave it out, --num-classes and --input-size say it')
     if args.checkpoint is None and not args.model:
         raise UserError('nothing to count: name networks with --model, or give a --checkpoint')
     if args.packed is None:
@@ -105,8 +101,8 @@ def rows(args: argparse.Namespace) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    args = get_args_parser().parse_args(argv)
     try:
+        args = get_args_parser().parse_args(argv)
         check_args(args)
         text = render(rows(args), args.format)
         if args.output:

@@ -23,7 +23,7 @@ from analysis.images import stacked, to_pictures
 from checkpoints.networks import ModelInfo, open_network
 from datasets import DATASETS, ImageList, build_dataset, build_transform
 from training.networks import build_teacher
-from utils import Parser, UserError, closest, key_value, report
+from utils import Parser, UserError, closest, image_size, key_value, positive, positive_int, report
 
 COMMANDS = {  # name: (summary, example, images of a data set unless said otherwise)
     'qk': ('histograms and entropies of queries and keys: before and after IRM, as codes, beside the teacher\'s',
@@ -74,7 +74,7 @@ def _add_network_flags(parser: ArgumentParser, has_teacher: bool) -> None:
     add('--model', help='its network, where the file does not say')
     add('--model-kwargs', nargs='+', default=[], type=key_value, metavar='KEY=VALUE',
         help='its options, where the file does not say')
-    add('--input-size', type=int, help='its image size, where the file does not say (224)')
+    add('--input-size', type=image_size, help='its image size, where the file does not say (224)')
     if has_teacher:
         add('--teacher-path', metavar='FILE', help='checkpoint of a network to draw beside it')
         add('--teacher-model', help="that network, where the file does not say; alone: timm's pretrained weights")
@@ -88,24 +88,19 @@ def _add_image_flags(parser: ArgumentParser, images: int) -> None:
     add('--data-set', metavar='NAME', choices=DATASETS, help=f'{", ".join(DATASETS)}; the checkpoint\'s, unless given')
     add('--data-path', help='folder of the data set')
     add('--inat-category', default='name', help='name, unless given')
-    add('--num-images', type=int, default=images,
+    add('--num-images', type=positive_int, default=images,
         help=f'evaluation images to take, at equal distances through the data set (default: {images})')
-    add('--eval-crop-ratio', type=float, default=0.875, help='0.875, unless given')
+    add('--eval-crop-ratio', type=positive, default=0.875, help='0.875, unless given')
 
 
 # --- networks and images ----------------------------------------------------------------------------------------------
 
 
 def check_args(args: Namespace) -> None:
-    """Refuses unknown names, values out of range and missing files, before any file is read."""
+    """Refuses unknown names and missing files, before any file is read."""
     for flag, name in (('--model', args.model), ('--teacher-model', args.teacher_model)):
         if name is not None and not timm.is_model(name):
             raise UserError(f'{flag} {name} is unknown: {closest(name, timm.list_models())}')
-    for flag, value in (('--input-size', args.input_size), ('--eval-crop-ratio', args.eval_crop_ratio)):
-        if value is not None and not 0 < value < float('inf'):
-            raise UserError(f'{flag} {value}: choose a value above 0')
-    if args.num_images < 1:
-        raise UserError(f'--num-images {args.num_images}: choose a value of at least 1')
     if args.data_set not in (None, 'DIGITS') and not (args.data_path or args.images):
         raise UserError(f'--data-set {args.data_set} needs --data-path')
     for flag, path in (('--resume', args.resume), ('--teacher-path', args.teacher_path)):
