@@ -16,11 +16,9 @@ from collections.abc import Sequence
 
 import torch.nn as nn
 
-import models  # noqa: F401  registers the full-precision networks
-import quant_vision_transformer  # noqa: F401  registers the quantized ones
 from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
-from checkpoints.networks import create_network, open_network
+from checkpoints.networks import create_network, open_checkpoint, read_network
 from utils import Parser, UserError, image_size, key_value, positive_int, report, write_whole
 
 
@@ -78,11 +76,12 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
     if args.checkpoint is None:
         return [(name, create_network(name, args.num_classes or 1000, args.input_size or 224, **kwargs))
                 for name in args.model]
-    if len(args.model) > 1:
-        raise UserError(f'--checkpoint {args.checkpoint} is of one network: name one with --model')
-    opened = open_network(args.checkpoint, *args.model, model_kwargs=kwargs or None, input_size=args.input_size)
-    if 'qvit' in opened.checkpoint and (args.model or args.input_size or args.num_classes or kwargs):
+    checkpoint = read_network(args.checkpoint)
+    if 'qvit' in checkpoint and (args.model or args.input_size or args.num_classes or kwargs):
         raise UserError(f'{args.checkpoint} says which network it holds: leave --model and its options out')
+    if len(args.model) > 1:
+        raise UserError(f'{args.checkpoint} holds one network: name one with --model')
+    opened = open_checkpoint(args.checkpoint, checkpoint, *args.model, model_kwargs=kwargs, input_size=args.input_size)
     return [(opened.info.model, opened.model)]
 
 

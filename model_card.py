@@ -12,11 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import models  # noqa: F401  registers the full-precision networks
-import quant_vision_transformer  # noqa: F401  registers the quantized ones
 from analysis.model_card import write_model_card
 from checkpoints.files import read_checkpoint
-from checkpoints.networks import open_network
+from checkpoints.networks import open_checkpoint
 from main import parse_args
 from utils import UserError, report
 
@@ -40,7 +38,7 @@ def write_card_of(path: Path, images: int | None) -> None:
     checkpoint = read_checkpoint(path)
     if 'qvit' not in checkpoint or not isinstance(checkpoint.get('args'), argparse.Namespace):
         raise UserError(f'{path} does not say what it holds and how it was trained: it was not written by main.py')
-    opened = open_network(path)
+    opened = open_checkpoint(path, checkpoint)
     write_model_card(path.parent, opened.model, opened.info, vars(checkpoint['args']), vars(parse_args([])), images,
                      path.name, checkpoint['epoch'])
 

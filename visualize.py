@@ -15,8 +15,6 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-import models  # noqa: F401  registers the teachers
-import quant_vision_transformer  # noqa: F401  registers the students
 from _quan_base import is_calibrated
 from analysis import inspection
 from analysis.images import stacked, to_pictures
@@ -110,7 +108,7 @@ def check_args(args: Namespace) -> None:
 
 def load_networks(args: Namespace) -> tuple[dict[str, nn.Module], ModelInfo, str]:
     """Teacher, if any, and student, by what a figure calls them; the student's description; the data set's name."""
-    info, student, _ = open_network(args.resume, args.model, model_kwargs=dict(args.model_kwargs) or None,
+    info, student, _ = open_network(args.resume, args.model, model_kwargs=dict(args.model_kwargs),
                                     input_size=args.input_size)
     if not is_calibrated(student):
         raise UserError(f'{args.resume} holds quantizers without steps: train it first')

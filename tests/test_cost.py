@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from calibration.first_batch import calibrate
 from toys import SMALL, TINY, create
 
 import cost
-from _quan_base import calibrate
 from analysis.cost import summary
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -9,13 +9,13 @@ Cost: none in the deployed network nor in a training step; at each epoch one for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from _quan_base import ActQ, block_weights, named_quantizers
 from analysis.codes import CodeStatistics, code_statistics
+from training.methods import Method
 
 __all__ = ['Diagnostics', 'Found', 'warning_lines']
 
@@ -35,13 +35,6 @@ MANY_OSCILLATING, OSCILLATING_FROM = 0.25, 0.5
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-class Tracker(Protocol):
-    """A method of training that follows the codes of weights."""
-
-    def shares(self) -> dict[str, dict[str, Tensor]]:
-        """By the layer's name, shares of its weights by what became of them, 0-dim; empty if it follows none."""
-
-
 class Diagnostics:
     """The numbers at each epoch, with what became of the codes since the one before.
 
@@ -54,7 +47,7 @@ class Diagnostics:
         methods: the methods of the run, some of which may follow the codes of weights.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, methods: Sequence[Tracker] = ()) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, methods: Sequence[Method] = ()) -> None:
         self.model, self.images = model, images
         self.trackers = [method for method in methods if method.shares()]
         self._codes = self._current_codes()

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from calibration.first_batch import calibrate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toys import TINY, create
 
-from _quan_base import ActQ, calibrate, named_quantizers
+from _quan_base import ActQ, named_quantizers
 from analysis.attention import attention_inputs, attention_probabilities
 from analysis.cost import summary, theoretical_size
 from analysis.precision import analyse, manifest

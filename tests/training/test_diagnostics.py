@@ -3,14 +3,16 @@
 import pytest
 import timm
 import torch
+from calibration.first_batch import calibrate
 from helpers import TINY, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import block_weights, calibrate, named_quantizers
+from _quan_base import block_weights, named_quantizers
 from analysis.codes import code_statistics
 from training.diagnostics import Diagnostics, warning_lines
-from training.methods.oscillation import Oscillations
+from training.methods import Method
+from training.methods.oscillation import OscillationConfig, Oscillations
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -45,13 +47,6 @@ def test_a_network_without_quantizers_has_no_numbers():
     assert diagnostics.measure() == {} and warning_lines(diagnostics.model, {}, 1.) == []
 
 
-class WithoutShares:
-    """A method of training that follows no codes."""
-
-    def shares(self) -> dict:
-        return {}
-
-
 def test_codes_that_changed_since_the_last_epoch():
     model = calibrated()
     diagnostics = Diagnostics(model, images())
@@ -63,12 +58,12 @@ def test_codes_that_changed_since_the_last_epoch():
     assert 'changed' not in found['head'] and 'oscillating' not in found['blocks.0.mlp.fc2']
     assert diagnostics.measure()['blocks.0.mlp.fc2']['changed'] == 0
 
-    oscillations = Oscillations(model)
+    oscillations = Oscillations(model, OscillationConfig())
     oscillations.states['blocks.0.mlp.fc2']['frequency'][:12] = 0.1
     oscillations.states['blocks.0.mlp.fc2']['frozen'][:6] = True
-    entry = Diagnostics(model, images(), [WithoutShares(), oscillations]).measure()['blocks.0.mlp.fc2']
+    entry = Diagnostics(model, images(), [Method(), oscillations]).measure()['blocks.0.mlp.fc2']
     assert (entry['oscillating'], entry['frozen']) == (0.25, 0.25) and 'changed' not in entry
-    assert 'changed' in Diagnostics(model, images(), [WithoutShares()]).measure()['blocks.0.mlp.fc2']
+    assert 'changed' in Diagnostics(model, images(), [Method()]).measure()['blocks.0.mlp.fc2']
 
 
 def test_a_warning_names_the_worst_place_and_what_to_try():
