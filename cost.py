@@ -19,7 +19,8 @@ import torch.nn as nn
 from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
 from checkpoints.networks import create_network, open_checkpoint, read_network
-from utils import Parser, UserError, image_size, key_value, positive_int, report, write_whole
+from training.flags import image_size, positive_int
+from utils import Parser, UserError, key_value, report, write_whole
 
 
 def get_args_parser() -> argparse.ArgumentParser:

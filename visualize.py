@@ -20,8 +20,9 @@ from analysis import inspection
 from analysis.images import stacked, to_pictures
 from checkpoints.networks import ModelInfo, open_network
 from datasets import DATASETS, ImageList, build_dataset, build_transform
+from training.flags import image_size, positive, positive_int
 from training.networks import build_teacher
-from utils import Parser, UserError, closest, image_size, key_value, positive, positive_int, report
+from utils import Parser, UserError, closest, key_value, report
 
 COMMANDS = {  # name: (summary, example, images of a data set unless said otherwise)
     'qk': ('histograms and entropies of queries and keys: before and after IRM, as codes, beside the teacher\'s',
