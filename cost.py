@@ -55,7 +55,8 @@ def check_args(args: argparse.Namespace) -> None:
     """
     for name in ('num_classes', 'img_size'):
         if name in dict(args.model_kwargs):
-            raise UserError(f'--model-kwargs {name}: leave it out, --num-classes and --input-size say it')
+            raise UserError(f'--model-kwargs {name}: the class count follows from the data set, the image size from '
+                            '--input-size')
     if args.checkpoint is None and not args.model:
         raise UserError('nothing to count: name networks with --model, or give a --checkpoint')
     if args.packed is None:
@@ -81,7 +82,7 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
     if 'qvit' in checkpoint and (args.model or args.input_size or args.num_classes or kwargs):
         raise UserError(f'{args.checkpoint} says which network it holds: leave --model and its options out')
     if len(args.model) > 1:
-        raise UserError(f'{args.checkpoint} holds one network: name one with --model')
+        raise UserError(f'{args.checkpoint} does not say which network it holds: name it with --model')
     opened = open_checkpoint(args.checkpoint, checkpoint, *args.model, model_kwargs=kwargs, input_size=args.input_size)
     return [(opened.info.model, opened.model)]
 

@@ -100,6 +100,10 @@ def check_args(args: Namespace) -> None:
     for flag, name in (('--model', args.model), ('--teacher-model', args.teacher_model)):
         if name is not None and not timm.is_model(name):
             raise UserError(f'{flag} {name} is unknown: {closest(name, timm.list_models())}')
+    for name in ('num_classes', 'img_size'):
+        if name in dict(args.model_kwargs):
+            raise UserError(f'--model-kwargs {name}: the class count follows from the data set, the image size '
+                            'from --input-size')
     if args.data_set not in (None, 'DIGITS') and not (args.data_path or args.images):
         raise UserError(f'--data-set {args.data_set} needs --data-path')
     for flag, path in (('--resume', args.resume), ('--teacher-path', args.teacher_path)):

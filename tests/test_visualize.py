@@ -159,6 +159,7 @@ def test_code_figure_shows_every_block(files):
     (('codes', '--resume', 'teacher.pth'), 'has no codes: choose the checkpoint of a quantized network'),
     (('codes', '--resume', 'student.pth', '--data-set', 'IMNET'), '--data-set IMNET needs --data-path'),
     (('codes', '--resume', 'student.pth', '--model-kwargs', 'irm=False'), 'irm of --model-kwargs is not in'),
+    (('codes', '--resume', 'student.pth', '--model-kwargs', 'num_classes=3'), '--model-kwargs num_classes: '),
     (('codes', '--resume', 'student.pth', '--input-size', '32'), 'input_size is 16 in'),
     (('codes', '--resume', 'student.pth', '--model', 'fivebits'), '--model fivebits is unknown'),
     (('codes', '--resume', 'student.pth', '--eval-crop-ratio', '0'), '--eval-crop-ratio 0.0: choose a value above 0'),
