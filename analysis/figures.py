@@ -1,8 +1,7 @@
-"""Drawing with matplotlib: arrays of `inspection.py` in, figures out. Colours also tell apart in black and white."""
+"""Drawing with matplotlib: what `inspection.py` and `codes.py` measured becomes figures, readable without colours."""
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis.inspection import CodeUsage, Distribution
-from utils import UserError
+from analysis.codes import CodeStatistics, Distribution
+from utils import UserError, write_whole
 
 __all__ = ['SUFFIXES', 'attention_figure', 'check_output', 'codes_figure', 'curves_figure', 'distance_figure',
            'qk_figure', 'save']
@@ -53,15 +52,11 @@ def check_output(path: Path) -> None:
 
 @rc_context(STYLE)
 def save(figure: Figure, path: Path) -> None:
-    """Writes the figure, in the format that the suffix names, beside `path` and renames it."""
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    """Writes the figure in the format that the suffix names."""
     try:
-        figure.savefig(beside, format=path.suffix[1:].lower())
-        os.replace(beside, path)
+        write_whole(path, lambda beside: figure.savefig(beside, format=path.suffix[1:].lower()))
     except OSError as error:
         raise UserError(f'--output {path} cannot be written ({error.strerror}): choose another') from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @rc_context(STYLE)
@@ -175,7 +170,7 @@ def distance_figure(distances: Mapping[str, np.ndarray]) -> Figure:
 
 
 @rc_context(STYLE)
-def codes_figure(usage: Mapping[str, CodeUsage]) -> Figure:
+def codes_figure(usage: Mapping[str, CodeStatistics]) -> Figure:
     """Shares of the codes of all blocks: a panel for each kind of quantizer, a line in it for each block.
 
     Colours follow the square root of the share. Beside each panel, the codes' entropy relative to their bits (bars)
@@ -206,7 +201,7 @@ def codes_figure(usage: Mapping[str, CodeUsage]) -> Figure:
     return figure
 
 
-def _draw_shares(ax: Axes, panel: Sequence[CodeUsage], scale: PowerNorm) -> None:
+def _draw_shares(ax: Axes, panel: Sequence[CodeStatistics], scale: PowerNorm) -> None:
     """An image of blocks by codes. Codes that a block lacks, being unsigned where others are signed, stay white."""
     low = min(item.distribution.positions[0] for item in panel)
     high = max(item.distribution.positions[-1] for item in panel)
@@ -219,7 +214,7 @@ def _draw_shares(ax: Axes, panel: Sequence[CodeUsage], scale: PowerNorm) -> None
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _draw_side(ax: Axes, panel: Sequence[CodeUsage], most_clipped: float) -> list[Artist]:
+def _draw_side(ax: Axes, panel: Sequence[CodeStatistics], most_clipped: float) -> list[Artist]:
     """Entropies as bars along the lower axis, shares of clipped values as crosses along the upper one."""
     blocks = np.arange(len(panel))
     bars = ax.barh(blocks, [item.relative_entropy for item in panel], height=0.7, color=LIGHT,

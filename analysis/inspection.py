@@ -1,126 +1,52 @@
-"""What happens inside a network, as tensors and arrays: queries, keys, attention and codes. `figures.py` draws them.
+"""What happens inside a network, as arrays: attention, queries and keys, codes; and logs. `figures.py` draws them.
 
-Networks are the quantized ones of `quant_vision_transformer.py` and timm's vision transformers. They are watched by
-forward hooks in evaluation mode and left as they were.
+Networks are the quantized ones of `quant_vision_transformer.py` and timm's vision transformers.
 """
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from _quan_base import ActQ, named_quantizers
-from quant_vision_transformer import QAttention, QVisionTransformer
-from training.diagnostics import entropy, quantizer_statistics
+from analysis.attention import Stages, attention_inputs, attention_probabilities, attentions
+from analysis.codes import CodeStatistics, Distribution, code_distribution, code_statistics, entropy
+from quant_vision_transformer import QAttention
 from utils import UserError
 
-__all__ = ['AttentionInputs', 'CodeUsage', 'Distribution', 'Stages', 'attention_distance', 'attention_distances',
-           'attention_inputs', 'attention_probabilities', 'class_token_maps', 'code_distribution', 'code_usage',
-           'qk_distributions', 'read_log', 'value_distribution']
+__all__ = ['attention_distance', 'attention_distances', 'class_token_maps', 'code_usage', 'compare_maps', 'compare_qk',
+           'qk_distributions', 'read_log', 'read_logs', 'title', 'usage_table', 'value_distribution']
 
 IMAGES_AT_A_TIME = 16
 HISTOGRAM_BINS = 64
 
 
-# --- queries, keys and values of every block --------------------------------------------------------------------------
-
-
-class Stages(NamedTuple):
-    """Queries or keys of a block on their way to the scores, (B, H, N, d) each.
-
-    Attributes:
-        projected: as the qkv layer gives them.
-        rectified: after IRM (or timm's q_norm, k_norm); `projected` itself in a network without.
-        used: what the scores are computed from: the quantized values, or `rectified` in a full-precision network.
-        codes: the integer codes of `used`, None in full precision.
-    """
-    projected: Tensor
-    rectified: Tensor
-    used: Tensor
-    codes: Tensor | None
-
-
-class AttentionInputs(NamedTuple):
-    """What a block's attention is computed from; v is that before quantization, (B, H, N, d)."""
-    q: Stages
-    k: Stages
-    v: Tensor
-
-
-@contextmanager
-def _watched(model: nn.Module, modules: Sequence[nn.Module], hook: Callable) -> Iterator[None]:
-    """The model in evaluation mode and without gradients, with the hook on the given modules; then as before."""
-    hooks, was_training = [module.register_forward_hook(hook) for module in modules], model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        for handle in hooks:
-            handle.remove()
-
-
-def _attentions(model: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
-    """(attention, what queries pass, what keys pass) of every block."""
-    found = []
-    for block in getattr(model, 'blocks', []):
-        attention = getattr(block, 'attn', None)
-        names = ('norm_q', 'norm_k') if isinstance(attention, QAttention) else ('q_norm', 'k_norm')
-        if not all(hasattr(attention, name) for name in ('qkv', 'num_heads', 'head_dim', *names)):
-            break
-        found.append((attention, *(getattr(attention, name) for name in names)))
-    if not found or len(found) < len(model.blocks):
-        raise UserError(f'{type(model).__name__} has no blocks with the attention of a vision transformer: '
-                        'choose a DeiT or another of timm\'s vision transformers')
-    return found
-
-
-def attention_inputs(model: nn.Module, images: Tensor) -> list[AttentionInputs]:
-    """Queries, keys and values of every block in one forward on images (B, 3, H, W).
-
-    Raises:
-        UserError: the network has no such attention.
-    """
-    attentions, passed = _attentions(model), {}
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        passed[module] = inputs[0], output
-
-    def stages(module: nn.Module, quantizer: ActQ | None) -> Stages:
-        projected, rectified = passed[module]
-        if quantizer is None:
-            return Stages(projected, rectified, rectified, None)
-        return Stages(projected, rectified, quantizer(rectified), quantizer.to_int(rectified))
-
-    watched = [module for attention, *norms in attentions for module in (attention.qkv, *norms)]
-    with _watched(model, watched, keep):
-        model(images)
-        found = []
-        for attention, of_q, of_k in attentions:
-            qkv = passed[attention.qkv][1].unflatten(-1, (3, attention.num_heads, attention.head_dim))
-            found.append(AttentionInputs(stages(of_q, getattr(attention, 'q_act', None)),
-                                         stages(of_k, getattr(attention, 'k_act', None)),
-                                         qkv[:, :, 2].transpose(1, 2)))
-    return found
-
-
-def attention_probabilities(inputs: AttentionInputs) -> Tensor:
-    """softmax(q k^T / sqrt(d)) of the queries and keys in use, before its own quantization: (B, H, N, N)."""
-    return (inputs.q.used @ inputs.k.used.mT * inputs.q.used.shape[-1] ** -0.5).softmax(dim=-1)
+# --- attention --------------------------------------------------------------------------------------------------------
 
 
 def class_token_maps(model: nn.Module, images: Tensor, block: int) -> Tensor:
     """Attention of the class token to the patches, (B, H, rows, columns); the rest of 1 is to the special tokens."""
     attention = attention_probabilities(attention_inputs(model, images)[block])
     return attention[:, :, 0, model.num_prefix_tokens:].unflatten(-1, model.patch_embed.grid_size)
+
+
+def compare_maps(networks: Mapping[str, nn.Module], images: Tensor, blocks: Sequence[int],
+                 ) -> dict[int, dict[str, np.ndarray]]:
+    """By block and by network, `class_token_maps`.
+
+    Args:
+        blocks: counted from 0, or from the end if negative, in the last of the networks.
+
+    Raises:
+        UserError: there is no such block.
+    """
+    *_, student = networks.values()
+    return {block: {name: class_token_maps(model, images, block).numpy() for name, model in networks.items()}
+            for block in _counted_from_0('--blocks', blocks, len(student.blocks))}
 
 
 def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
@@ -156,23 +82,7 @@ def attention_distances(model: nn.Module, images: Tensor) -> np.ndarray:
     return (total / len(images)).numpy()
 
 
-# --- distributions and their entropies --------------------------------------------------------------------------------
-
-
-class Distribution(NamedTuple):
-    """A histogram of real values, or the shares of integer codes.
-
-    Attributes:
-        positions: edges of the bins (bins + 1,), or the codes (codes,).
-        heights: density per bin (bins,), which integrates to 1, or share of each code (codes,), which sum to 1.
-        entropy: in bits. Of codes: that of the shares, at most `bits`. Of real values: the differential entropy of the
-            histogram, -sum p log2(p / width), which grows by 1 where all values are doubled.
-        bits: of a code; None for real values.
-    """
-    positions: np.ndarray
-    heights: np.ndarray
-    entropy: float
-    bits: int | None
+# --- queries and keys -------------------------------------------------------------------------------------------------
 
 
 def value_distribution(values: Tensor, bins: int = HISTOGRAM_BINS) -> Distribution:
@@ -180,13 +90,6 @@ def value_distribution(values: Tensor, bins: int = HISTOGRAM_BINS) -> Distributi
     density, edges = np.histogram(values.double().flatten().numpy(), bins, density=True)
     width = edges[1] - edges[0]
     return Distribution(edges, density, entropy(density * width) + math.log2(width), None)
-
-
-def code_distribution(codes: Tensor, qn: int, qp: int) -> Distribution:
-    """The shares of the codes from qn to qp."""
-    counts = torch.bincount(codes.flatten() - qn, minlength=qp - qn + 1).double().numpy()
-    shares = counts / counts.sum()
-    return Distribution(np.arange(qn, qp + 1), shares, entropy(shares), int(math.log2(len(shares))))
 
 
 def qk_distributions(model: nn.Module, images: Tensor, blocks: Sequence[int], heads: Sequence[int],
@@ -198,70 +101,100 @@ def qk_distributions(model: nn.Module, images: Tensor, blocks: Sequence[int], he
         'full precision', a quantized one 'before IRM', 'after IRM' (one stage, 'before quantization', if it has no IRM)
         and 'codes'; without quantized attention it has no codes.
     """
-    found, attentions, inputs = [], _attentions(model), attention_inputs(model, images)
+    found, modules, inputs = [], attentions(model), attention_inputs(model, images)
     for block in blocks:
-        attention = attentions[block][0]
-        for stages, name in ((inputs[block].q, 'q'), (inputs[block].k, 'k')):
-            stages = Stages(*(None if stage is None else stage[:, list(heads)] for stage in stages))
-            if not isinstance(attention, QAttention):
-                found.append({'full precision': value_distribution(stages.used)})
-                continue
-            if isinstance(getattr(attention, f'norm_{name}'), nn.Identity):
-                row = {'before quantization': value_distribution(stages.rectified)}
-            else:
-                row = {'before IRM': value_distribution(stages.projected),
-                       'after IRM': value_distribution(stages.rectified)}
-            if stages.codes is not None:
-                row['codes'] = code_distribution(stages.codes, *getattr(attention, f'{name}_act').code_range)
-            found.append(row)
+        attention = modules[block]
+        norms = (attention.norm_q, attention.norm_k) if isinstance(attention, QAttention) else (None, None)
+        for stages, irm in zip((inputs[block].q, inputs[block].k), norms, strict=True):
+            found.append(_stage_distributions(stages, irm, list(heads)))
     return found
 
 
-# --- the use that quantizers make of their codes ----------------------------------------------------------------------
+def _stage_distributions(stages: Stages, irm: nn.Module | None, heads: list[int]) -> dict[str, Distribution]:
+    """One row of `qk_distributions`. irm: None in a full-precision network, an Identity in a quantized one without."""
+    projected, rectified = stages.projected[:, heads], stages.rectified[:, heads]
+    if irm is None:
+        return {'full precision': value_distribution(rectified)}
+    if isinstance(irm, nn.Identity):
+        row = {'before quantization': value_distribution(rectified)}
+    else:
+        row = {'before IRM': value_distribution(projected), 'after IRM': value_distribution(rectified)}
+    if stages.act is not None:
+        qn, qp = stages.act.code_range
+        codes = stages.codes[:, heads].flatten() - qn
+        row['codes'] = code_distribution(torch.bincount(codes, minlength=qp - qn + 1).numpy(), qn)
+    return row
 
 
-class CodeUsage(NamedTuple):
-    """Shares of a quantizer's codes, and the share of values outside its range."""
-    distribution: Distribution
-    clipped: float
+def compare_qk(networks: Mapping[str, nn.Module], images: Tensor, blocks: Sequence[int], heads: Sequence[int] | None,
+               ) -> dict[str, dict[str, Distribution]]:
+    """The rows of a figure: queries and keys of the blocks, of the last network and of those before, the teachers.
 
-    @property
-    def relative_entropy(self) -> float:
-        """Entropy of the codes divided by their bits, from 0 (one code) to 1 (all alike)."""
-        return self.distribution.entropy / self.distribution.bits
-
-
-@torch.no_grad()
-def code_usage(model: nn.Module, images: Tensor) -> dict[str, CodeUsage]:
-    """The code usage of every quantizer on images (B, 3, H, W).
-
-    Returns:
-        By name: `<layer>` for a layer's weight, `<layer>.act` for its input, `<attention>.q_act` and so on.
+    Args:
+        blocks: counted from 0, or from the end if negative.
+        heads: likewise, None for all; taken together.
 
     Raises:
-        UserError: the network is not quantized.
+        UserError: there is no such block or head.
     """
-    if not isinstance(model, QVisionTransformer):
+    *_, student = networks.values()
+    blocks = _counted_from_0('--blocks', blocks, len(student.blocks))
+    rows: dict[str, dict] = {f'{name}, block {block}': {} for block in blocks for name in ('q', 'k')}
+    for model in networks.values():
+        count = attentions(model)[0].num_heads
+        chosen = range(count) if heads is None else _counted_from_0('--heads', heads, count)
+        for row, found in zip(rows.values(), qk_distributions(model, images, blocks, chosen), strict=True):
+            row.update({stage if model is student else f'teacher: {stage}': value for stage, value in found.items()})
+    return rows
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+def code_usage(model: nn.Module, images: Tensor) -> dict[str, CodeStatistics]:
+    """`code_statistics` of a network that must have codes.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = code_statistics(model, images)
+    if not found:
         raise UserError(f'{type(model).__name__} has no codes: choose the checkpoint of a quantized network')
-    names, quantizers = {module: name for name, module in model.named_modules()}, dict(named_quantizers(model))
-    layers = {name: module for name, module in quantizers.items() if not isinstance(module, ActQ)}
-    found = {name: code_distribution(layer.to_int(), *layer.code_range) for name, layer in layers.items()}
+    return found
 
-    def note(act: ActQ, codes: Tensor) -> None:
-        found[names[act]] = code_distribution(codes, *act.code_range)
 
-    def of_input(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        note(layer.act, layer.act.to_int(inputs[0]))
+def usage_table(usage: Mapping[str, CodeStatistics]) -> str:
+    """A line for each quantizer."""
+    lines = [f'{"quantizer":<28} {"bits":>4} {"entropy":>7} {"of bits":>7} {"clipped":>7}']
+    for name, item in usage.items():
+        lines.append(f'{name:<28} {item.distribution.bits:>4} {item.distribution.entropy:>7.2f} '
+                     f'{item.relative_entropy:>7.1%} {item.clipped:>7.2%}')
+    return '\n'.join(lines)
 
-    with _watched(model, list(layers.values()), of_input):
-        for (attention, *_), inputs in zip(_attentions(model), attention_inputs(model, images), strict=True):
-            if attention.quantize_attn:
-                note(attention.q_act, inputs.q.codes)
-                note(attention.k_act, inputs.k.codes)
-                note(attention.v_act, attention.v_act.to_int(inputs.v))
-                note(attention.attn_act, attention.attn_act.to_int(attention_probabilities(inputs)))
-    statistics = quantizer_statistics(model, images)
-    return {name: CodeUsage(found[name], statistics[name]['clipped']) for name in quantizers}
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+def title(model: nn.Module) -> str:
+    """'4 bits', '2-bit weights, 4-bit activations', or 'full precision'."""
+    quant = getattr(model, 'quant', None)
+    if quant is None:
+        return 'full precision'
+    if quant.weight_bits == quant.act_bits:
+        return f'{quant.act_bits} bits'
+    return f'{quant.weight_bits}-bit weights, {quant.act_bits}-bit activations'
+
+
+def _counted_from_0(flag: str, chosen: Sequence[int], count: int) -> list[int]:
+    """The numbers that a flag chose, each once, negative ones counted from the end.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    for number in chosen:
+        if not -count <= number < count:
+            raise UserError(f'{flag} {number}: there are {count}, from 0 to {count - 1}')
+    return list(dict.fromkeys(number % count for number in chosen))
 
 
 # --- logs of runs -----------------------------------------------------------------------------------------------------
@@ -290,3 +223,12 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f'{path} has no epochs yet')
     names = dict.fromkeys(name for record in records for name, value in record.items() if type(value) in (int, float))
     return {name: np.array([record.get(name, math.nan) for record in records], dtype=float) for name in names}
+
+
+def read_logs(runs: Sequence[Path]) -> dict[str, dict[str, np.ndarray]]:
+    """`read_log` of each run, by the name of its folder, or by the whole path where folders have the same name."""
+    logs = {path: read_log(path) for path in dict.fromkeys(runs)}
+    names = [(path if path.suffix != '.txt' else path.parent).resolve().name for path in logs]
+    if len(set(names)) < len(names):
+        names = list(map(str, logs))
+    return dict(zip(names, logs.values(), strict=True))

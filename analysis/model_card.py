@@ -1,82 +1,84 @@
 """The model card of a run: what was trained, on what, how well it does, what it costs, and how to use it.
 
-    python model_card.py out/best_checkpoint.pth      writes model_card.md and model_card.json beside it
-
-Training writes both by itself after every epoch. The accuracies are those of log.txt, the versions and the commit those
-of args.json, each where it lies beside the checkpoint. Of paths only the last component is kept.
+Training writes it after every epoch, and `model_card.py` for any checkpoint. The accuracies are those of log.txt, the
+versions and the commit those of args.json, each where it lies beside the checkpoint. Of paths only the last component
+is kept.
 """
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 
-from checkpoints.files import read_checkpoint
-from checkpoints.networks import create_from_checkpoint
-from cost import summary, write_text
-from utils import UserError, plain_args, report
+from analysis.cost import summary
+from checkpoints.networks import ModelInfo
+from utils import UserError, write_whole
 
 __all__ = ['write_model_card']
 
 PATH_FLAGS = ('config', 'data_path', 'finetune', 'output_dir', 'resume', 'teacher_path')
 MEASURED = {'test': 'network', 'test_ema': 'averaged network', 'teacher': 'teacher'}  # prefixes of log.txt
+Flags = Mapping[str, Any]
 
 
-def write_model_card(directory: str | Path, model: nn.Module, about: dict[str, Any], args: Namespace,
+def write_model_card(directory: str | Path, model: nn.Module, info: ModelInfo, flags: Flags, defaults: Flags,
                      images: int | None = None, checkpoint: str = 'best_checkpoint.pth',
                      epoch: int | None = None) -> None:
-    """Writes model_card.md and model_card.json, each beside its place and then renamed.
+    """Writes model_card.md and model_card.json, so that each is a whole file at any time.
 
     Args:
         directory: of the checkpoint; log.txt and args.json are read from there, too.
         model: the network, outside any wrapper.
-        about: `checkpoints.description` of it.
-        args: the flags of the run.
+        info: its description.
+        flags: those of the run by name, with what the run derived from them: values that JSON can hold.
+        defaults: those of the flags by name. The card shows where the run differs from them.
         images: how many the accuracies were measured on, if known.
         checkpoint: name of the file that the card describes.
         epoch: that the file is of; unless given, the one with the best top-1 in log.txt.
     """
     directory = Path(directory)
-    card = _card(model, about, args, _log(directory / 'log.txt'), _record(directory / 'args.json'), images, epoch)
-    card |= {'checkpoint': checkpoint, 'commands': _commands(checkpoint, about['data_set'])}
-    write_text(json.dumps(card, indent=2) + '\n', directory / 'model_card.json')
-    write_text(_markdown(card), directory / 'model_card.md')
+    card = _card(model, info, _plain(flags), _plain(defaults), _log(directory / 'log.txt'), images, epoch)
+    card |= _record(directory / 'args.json')
+    card |= {'checkpoint': checkpoint, 'commands': _commands(checkpoint, info.data_set)}
+    write_whole(directory / 'model_card.json', lambda beside: beside.write_text(json.dumps(card, indent=2) + '\n'))
+    write_whole(directory / 'model_card.md', lambda beside: beside.write_text(_markdown(card)))
 
 
 # --- what the card says -----------------------------------------------------------------------------------------------
 
 
-def _card(model: nn.Module, about: dict[str, Any], args: Namespace, log: list[dict[str, Any]], record: dict[str, Any],
-          images: int | None, epoch: int | None) -> dict[str, Any]:
+def _plain(flags: Flags) -> dict[str, Any]:
+    """The flags as they look in JSON, where a tuple is a list."""
+    return json.loads(json.dumps(dict(flags)))
+
+
+def _card(model: nn.Module, info: ModelInfo, flags: dict[str, Any], defaults: dict[str, Any],
+          log: list[dict[str, Any]], images: int | None, epoch: int | None) -> dict[str, Any]:
+    quant, flags = getattr(model, 'quant', None), _without_places(flags)
+    return {
+        'model': {name: getattr(info, name) for name in ('model', 'kwargs', 'num_classes', 'input_size')},
+        'precision': asdict(quant) if quant is not None else None,
+        'data': {'data_set': info.data_set, 'data_path': flags['data_path']},
+        'accuracy': _accuracies(log, images, epoch),
+        'epochs_done': len(log) or None, 'cost': _cost(model, info),
+        # Given, or settled by the run where the default leaves them open.
+        'changed_flags': {name: flags[name] for name in defaults if name in flags and flags[name] != defaults[name]},
+        'flags': flags}
+
+
+def _accuracies(log: list[dict[str, Any]], images: int | None, epoch: int | None) -> dict[str, Any]:
+    """What was measured in the given epoch, unless given in the best one; None for what was not."""
     measured = [entry for entry in log if 'test_acc1' in entry]
     best = max(measured, key=lambda entry: entry['test_acc1'], default={})  # the first of equals, as training keeps it
     own = best if epoch is None else next((entry for entry in measured if entry['epoch'] == epoch), {})
     teacher = next((entry for entry in log if 'teacher_acc1' in entry), {})  # measured once, in the first epoch
-    flags = _flags(args)
-    try:
-        cost = summary(about['model'], model)
-    except UserError:  # main.py trains other networks, too
-        cost = None
-    quant = getattr(model, 'quant', None)
-    return {
-        'model': {name: about[name] for name in ('model', 'kwargs', 'num_classes', 'input_size')},
-        'precision': asdict(quant) if quant is not None else None,
-        'data': {'data_set': about['data_set'], 'data_path': flags['data_path']},
-        'accuracy': {
-            'measured_by': 'this run', 'epoch': own.get('epoch', epoch), 'is_best': bool(own) and own is best,
+    return {'measured_by': 'this run', 'epoch': own.get('epoch', epoch), 'is_best': bool(own) and own is best,
             'images': images,
-            **{prefix: _accuracy(teacher if prefix == 'teacher' else own, prefix) for prefix in MEASURED}},
-        'epochs_done': len(log) or None, 'cost': cost,
-        'changed_flags': _changed(flags), 'flags': flags,
-        'versions': {name: record.get(name) for name in ('python', 'torch', 'timm', 'cuda', 'gpu')},
-        'git_commit': record.get('git_commit')}
+            **{prefix: _accuracy(teacher if prefix == 'teacher' else own, prefix) for prefix in MEASURED}}
 
 
 def _accuracy(entry: dict[str, Any], prefix: str) -> dict[str, float] | None:
@@ -86,20 +88,18 @@ def _accuracy(entry: dict[str, Any], prefix: str) -> dict[str, float] | None:
     return {'top1': entry[f'{prefix}_acc1'], 'top5': entry[f'{prefix}_acc5'], 'loss': entry[f'{prefix}_loss']}
 
 
-def _flags(args: Namespace) -> dict[str, Any]:
+def _cost(model: nn.Module, info: ModelInfo) -> dict[str, Any] | None:
+    try:
+        return summary(info.model, model)
+    except UserError:  # main.py trains other networks, too
+        return None
+
+
+def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
     """All flags, and what the run derived from them, without folders and addresses of the machine."""
-    flags = vars(plain_args(args))
     names = {flag: Path(flags[flag]).name for flag in PATH_FLAGS if flags.get(flag)}
     scheme = {'dist_url': f'{flags["dist_url"].partition("://")[0]}://'} if 'dist_url' in flags else {}
     return {'data_path': None} | flags | names | scheme
-
-
-def _changed(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that differ from their defaults: given, or settled by the run where the default leaves them open."""
-    from main import parse_args  # here: main.py imports the trainer, which imports this module
-
-    defaults = vars(plain_args(parse_args([])))
-    return {name: flags[name] for name in defaults if name in flags and flags[name] != defaults[name]}
 
 
 def _commands(checkpoint: str, data_set: str | None) -> dict[str, str]:
@@ -122,23 +122,24 @@ def _log(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """args.json, where there is one that can be read."""
+    """Versions and commit of args.json, None where there is no such file that can be read."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        record = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError:
-        return {}
-
+        record = {}
+    return {'versions': {name: record.get(name) for name in ('python', 'torch', 'timm', 'cuda', 'gpu')},
+            'git_commit': record.get('git_commit')}
 
 
 # --- how it reads -----------------------------------------------------------------------------------------------------
 
 
 def _markdown(card: dict[str, Any]) -> str:
-    sections = (_about, _accuracies, _costs, _training, _use)
+    sections = (_network, _measured, _costs, _training, _use)
     return '\n\n'.join(text for section in sections if (text := section(card))) + '\n'
 
 
-def _about(card: dict[str, Any]) -> str:
+def _network(card: dict[str, Any]) -> str:
     model, precision = card['model'], card['precision']
     if precision is None:
         bits = 'A full-precision network'
@@ -151,7 +152,7 @@ def _about(card: dict[str, Any]) -> str:
             + f'. This card describes `{card["checkpoint"]}`.')
 
 
-def _accuracies(card: dict[str, Any]) -> str:
+def _measured(card: dict[str, Any]) -> str:
     accuracy = card['accuracy']
     if accuracy['test'] is None:
         return '## Accuracy\n\nNot recorded: no line of a log.txt beside the checkpoint is of its epoch.'
@@ -194,32 +195,3 @@ def _use(card: dict[str, Any]) -> str:
     lines = [commands['evaluate']] if card['precision'] is None else [
         commands['evaluate'], f'{commands["precision"]}      # every tensor with its bits', commands['pack']]
     return '## Use\n\nFrom the folder of the code:\n\n```bash\n' + '\n'.join(lines) + '\n```'
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument('checkpoint', type=Path, help="a file that main.py wrote, as an output folder's "
-                                                      'best_checkpoint.pth')
-    parser.add_argument('--images', type=int, help='images that the accuracies in log.txt were measured on')
-    args = parser.parse_args(argv)
-    path = args.checkpoint
-    try:
-        state = read_checkpoint(path)
-        if 'qvit' not in state or not isinstance(state.get('args'), Namespace):
-            raise UserError(f'{path} does not say what it holds and how it was trained: it was not written by main.py')
-        write_model_card(path.parent, create_from_checkpoint(state), state['qvit'], state['args'], args.images,
-                         path.name, state['epoch'])
-    except (UserError, OSError) as error:  # OSError: the folder cannot be written, which its text names
-        report(error)
-        return 2
-    print(f'{path.parent / "model_card.md"} and model_card.json')
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -40,7 +40,7 @@ class TensorUse:
         bits: of a value; 32 is full precision.
         parameter: whether it is stored.
         quantizer: name of the module that quantizes it, None in full precision.
-        steps, zero_points: how many the quantizer has.
+        scales, zero_points: how many the quantizer has.
         code_range: (qn, qp) where it is known: of weights, and of activations once calibrated.
         work: elementwise operations that it costs, the simulated quantization included.
         reference_work: of these, what the full-precision network has too.
@@ -52,7 +52,7 @@ class TensorUse:
     bits: int = FULL_PRECISION_BITS
     parameter: bool = False
     quantizer: str | None = None
-    steps: int = 0
+    scales: int = 0
     zero_points: int = 0
     code_range: tuple[int, int] | None = None
     work: int = 0
@@ -176,7 +176,7 @@ def _layer(path: str, layer: nn.Linear | nn.Conv2d, positions: int, inputs: int,
     if isinstance(layer, (LinearQ, Conv2dQ)):
         yield _quantized_input(f'{path}.act', f'{label} input', inputs, layer.act)
         yield TensorUse(f'{path}.weight', f'{label} weight', weight.numel(), layer.weight_bits, True, path,
-                        layer.alpha.numel(), code_range=layer.code_range)
+                        layer.scale.numel(), code_range=layer.code_range)
         bits = layer.act.bits, layer.weight_bits
     else:
         yield TensorUse(f'{path} input', f'{label} input', inputs)
@@ -189,7 +189,7 @@ def _layer(path: str, layer: nn.Linear | nn.Conv2d, positions: int, inputs: int,
 
 
 def _quantized_input(quantizer: str, role: str, elements: int, act: ActQ) -> TensorUse:
-    return TensorUse(quantizer, role, elements, act.bits, quantizer=quantizer, steps=act.alpha.numel(),
+    return TensorUse(quantizer, role, elements, act.bits, quantizer=quantizer, scales=act.scale.numel(),
                      zero_points=act.zero_point.numel(), code_range=act.code_range if act.calibrated else None,
                      work=QUANTIZE_WORK * elements)
 
@@ -233,5 +233,5 @@ def _where(tensor: TensorUse) -> str:
 def _row(tensor: TensorUse, where: str) -> dict[str, Any]:
     return {'tensor': tensor.role, 'kind': 'parameter' if tensor.parameter else 'activation', 'bits': tensor.bits,
             'codes': None if tensor.code_range is None else '{} to {}'.format(*tensor.code_range),
-            'steps': tensor.steps, 'zero_points': tensor.zero_points, 'elements': tensor.elements,
+            'steps': tensor.scales, 'zero_points': tensor.zero_points, 'elements': tensor.elements,
             'quantizer': None if tensor.quantizer is None else tensor.quantizer.removeprefix(f'{where}.')}

@@ -9,12 +9,15 @@ import pytest
 import torch
 from helpers import ROOT
 from PIL import Image
-from test_inspection import SHAPE, STUDENT, TEACHER, build, images_of
+from watched import SHAPE, STUDENT, TEACHER, build, images_of
 
-from analysis.inspection import code_distribution, code_usage, read_log, value_distribution
+import analysis
+from analysis.codes import code_distribution, code_statistics
+from analysis.images import to_pictures
+from analysis.inspection import read_log, value_distribution
 from checkpoints.files import write_checkpoint
-from checkpoints.networks import model_info
-from visualize import main, to_pictures
+from checkpoints.networks import ModelInfo
+from visualize import main
 
 
 @pytest.fixture(scope='module')
@@ -22,10 +25,10 @@ def files(tmp_path_factory):
     """A folder with checkpoints of a student and a teacher, an image and a log."""
     folder = tmp_path_factory.mktemp('visualize')
     for file, name in (('student.pth', STUDENT), ('teacher.pth', TEACHER)):
-        about = model_info(name, SHAPE, 10, 16, [str(digit) for digit in range(10)], 'DIGITS')
-        write_checkpoint({'model': build(name).state_dict(), 'qvit': about}, folder / file)
-    about = model_info(TEACHER, SHAPE | {'depth': 3}, 10, 16, None, 'DIGITS')
-    write_checkpoint({'model': build(TEACHER, depth=3).state_dict(), 'qvit': about}, folder / 'deeper.pth')
+        info = ModelInfo(name, SHAPE, 10, 16, [str(digit) for digit in range(10)], 'DIGITS')
+        write_checkpoint({'model': build(name).state_dict(), 'qvit': info.to_dict()}, folder / file)
+    info = ModelInfo(TEACHER, SHAPE | {'depth': 3}, 10, 16, None, 'DIGITS')
+    write_checkpoint({'model': build(TEACHER, depth=3).state_dict(), 'qvit': info.to_dict()}, folder / 'deeper.pth')
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / 'image.png')
     (folder / 'broken.png').write_bytes(b'no image')
@@ -100,8 +103,10 @@ def test_curves_and_pdf_with_embedded_fonts(files, tmp_path):
 
 
 def test_what_the_figures_say(files):
-    figures = pytest.importorskip('figures')
-    codes = code_distribution(torch.arange(16), 0, 15)
+    pytest.importorskip('matplotlib')
+    from analysis import figures
+
+    codes = code_distribution(np.ones(16), 0)
     figure = figures.qk_figure({'q, block 0': {'after IRM': value_distribution(torch.linspace(0, 2, 6401)),
                                                'codes': codes}, 'k, block 0': {'codes': codes}})
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
@@ -128,15 +133,17 @@ def test_what_the_figures_say(files):
 
 
 def test_code_figure_shows_every_block(files):
-    figures = pytest.importorskip('figures')
-    usage = code_usage(build(STUDENT), images_of(2))
+    pytest.importorskip('matplotlib')
+    from analysis import figures
+
+    usage = code_statistics(build(STUDENT), images_of(2))
     figure = figures.codes_figure(usage)
     panels = {ax.get_title(): ax for ax in figure.axes if ax.images}
     assert len(panels) == 12
     shown = panels['attention'].images[0].get_array()
     assert shown.shape == (2, 16) and np.allclose(shown.sum(1), 1)
     assert np.allclose(shown[1], usage['blocks.1.attn.attn_act'].distribution.heights)
-    without = figures.codes_figure(code_usage(build(STUDENT, quantize_attn=False), images_of(2)))
+    without = figures.codes_figure(code_statistics(build(STUDENT, quantize_attn=False), images_of(2)))
     assert sum(bool(ax.images) for ax in without.axes) == 8
 
 
@@ -152,6 +159,7 @@ def test_code_figure_shows_every_block(files):
     (('codes', '--resume', 'teacher.pth'), 'has no codes: choose the checkpoint of a quantized network'),
     (('codes', '--resume', 'student.pth', '--data-set', 'IMNET'), '--data-set IMNET needs --data-path'),
     (('codes', '--resume', 'student.pth', '--model-kwargs', 'irm=False'), 'irm of --model-kwargs is not in'),
+    (('codes', '--resume', 'student.pth', '--model-kwargs', 'num_classes=3'), '--model-kwargs num_classes: '),
     (('codes', '--resume', 'student.pth', '--input-size', '32'), 'input_size is 16 in'),
     (('codes', '--resume', 'student.pth', '--model', 'fivebits'), '--model fivebits is unknown'),
     (('codes', '--resume', 'student.pth', '--eval-crop-ratio', '0'), '--eval-crop-ratio 0.0: choose a value above 0'),
@@ -169,9 +177,11 @@ def test_mistakes_in_one_line(files, tmp_path, monkeypatch, capsys, flags, line)
 
 
 def test_without_matplotlib(files, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name == 'figures' or name.partition('.')[0] == 'matplotlib']:
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    monkeypatch.delitem(sys.modules, 'analysis.figures', raising=False)
+    monkeypatch.delattr(analysis, 'figures', raising=False)  # what `from analysis import figures` would find first
     assert run(files, 'curves', files / 'run') == 2
     assert capsys.readouterr().err == 'error: figures need matplotlib: pip install matplotlib\n'
 

@@ -8,58 +8,24 @@ import pytest
 import timm
 import torch
 from torch import nn
+from watched import STUDENT, TEACHER, build, images_of
 
-import models  # noqa: F401  registers the full-precision networks
-import quant_vision_transformer  # noqa: F401  registers the quantized ones
-from _quan_base import calibrate, named_quantizers
+from analysis import inspection
+from analysis.attention import attention_inputs, attention_probabilities
 from analysis.inspection import (
     attention_distance,
     attention_distances,
-    attention_inputs,
-    attention_probabilities,
     class_token_maps,
-    code_distribution,
     code_usage,
+    compare_qk,
     qk_distributions,
     read_log,
+    read_logs,
     value_distribution,
 )
-from training.diagnostics import entropy
 from utils import UserError
 
-SHAPE = {'embed_dim': 24, 'depth': 2, 'num_heads': 2, 'patch_size': 8}
-STUDENT, TEACHER = 'fourbits_deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224'
-
-
-def build(name: str, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
-    """A network for images of 16 px, its quantizers calibrated."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, img_size=16, num_classes=10, **(SHAPE | kwargs)).to(dtype)
-    for block in model.blocks:  # weights of 0.02 would make all attention alike
-        nn.init.normal_(block.attn.qkv.weight, std=0.5)
-    calibrate(model, images_of(8, dtype))
-    return model.eval()
-
-
-def images_of(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(count, 3, 16, 16, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-# --- entropies and distributions --------------------------------------------------------------------------------------
-
-
-def test_entropy_by_hand():
-    assert entropy(np.full(16, 1 / 16)) == 4
-    assert entropy(np.array([1 / 2, 1 / 4, 1 / 8, 1 / 8, 0])) == 1.75
-    assert entropy(np.array([0., 1.])) == 0
-
-
-def test_code_distribution_by_hand():
-    uniform = code_distribution(torch.arange(-8, 8, dtype=torch.int32).repeat(3, 1), -8, 7)
-    assert uniform.bits == 4 and uniform.entropy == 4 and uniform.heights.tolist() == [1 / 16] * 16
-    assert uniform.positions.tolist() == list(range(-8, 8))
-    some = code_distribution(torch.tensor([[0, 0], [3, 1]]), 0, 3)
-    assert some.heights.tolist() == [0.5, 0.25, 0, 0.25] and some.entropy == 1.5 and some.bits == 2
+# --- distributions ----------------------------------------------------------------------------------------------------
 
 
 def test_differential_entropy():
@@ -100,20 +66,21 @@ def test_attention_distance_by_hand():
 @pytest.mark.parametrize('options', [{}, {'irm': False}, {'quantize_attn': False}])
 def test_attention_of_the_student_equals_a_recomputation(options):
     model, images = build(STUDENT, torch.float64, **options), images_of(3, torch.float64)
-    _, qk = model(images, return_qk=True)
-    for block, inputs, tensors in zip(model.blocks, attention_inputs(model, images), qk, strict=True):
+    _, returned = model(images, return_blocks=True)
+    for block, inputs, outputs in zip(model.blocks, attention_inputs(model, images), returned, strict=True):
         used = []
-        for name, stages, rectified in zip('qk', inputs, tensors, strict=False):
+        for name, stages in (('q', inputs.q), ('k', inputs.k)):
+            rectified = getattr(outputs, name)
             assert torch.equal(stages.rectified, rectified)
             norm = getattr(block.attn, f'norm_{name}')
             assert torch.equal(norm(stages.projected), stages.rectified)
             assert torch.equal(stages.projected, stages.rectified) == isinstance(norm, nn.Identity)
             if 'quantize_attn' not in options:
                 act = getattr(block.attn, f'{name}_act')
-                step, zero = act.alpha.view(-1, 1, 1), act.zero_point.round().view(-1, 1, 1)
-                codes = (rectified / step + zero).clamp(-8, 7).round()
+                scale, zero_point = act.alpha.view(-1, 1, 1), act.zero_point.round().view(-1, 1, 1)
+                codes = (rectified / scale + zero_point).clamp(-8, 7).round()
                 assert torch.equal(stages.codes, codes.int())
-                rectified = (codes - zero) * step
+                rectified = (codes - zero_point) * scale
             else:
                 assert stages.codes is None
             used.append(rectified)
@@ -153,20 +120,10 @@ def test_attention_distances_of_a_network_by_pieces(monkeypatch):
     model, images = build(STUDENT, torch.float64), images_of(5, torch.float64)
     expected = [attention_distance(attention_probabilities(inputs), (2, 2), (8, 8))
                 for inputs in attention_inputs(model, images)]
-    monkeypatch.setattr('inspection.IMAGES_AT_A_TIME', 2)
+    monkeypatch.setattr(inspection, 'IMAGES_AT_A_TIME', 2)
     found = attention_distances(model, images)
     np.testing.assert_allclose(found, torch.stack(expected).numpy(), rtol=1e-12)
     assert found.shape == (2, 2) and 0 < found.min() < found.max() < 8 * 2 ** 0.5
-
-
-def test_the_network_is_left_as_it_was():
-    model = build(STUDENT).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    attention_inputs(model, images_of(2))
-    code_usage(model, images_of(2))
-    assert model.training and all(module.training for module in model.modules())
-    assert not any(module._forward_hooks for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_networks_without_such_attention():
@@ -176,7 +133,7 @@ def test_networks_without_such_attention():
         code_usage(build(TEACHER), images_of(1))
 
 
-# --- queries, keys and codes ------------------------------------------------------------------------------------------
+# --- queries and keys -------------------------------------------------------------------------------------------------
 
 
 def test_qk_distributions():
@@ -200,36 +157,18 @@ def test_qk_distributions():
                                                                                                'after IRM']
 
 
-def test_code_usage_by_recomputation():
-    model, images = build(STUDENT, torch.float64), images_of(4, torch.float64)
-    usage = code_usage(model, images)
-    assert list(usage) == [name for name, _ in named_quantizers(model)] and len(usage) == 2 * 12 + 6
+def test_rows_of_student_and_teacher():
+    networks, images = {'teacher': build(TEACHER), '4 bits': build(STUDENT)}, images_of(2)
+    rows = compare_qk(networks, images, [-1, 1], None)  # the same block twice, drawn once
+    assert list(rows) == ['q, block 1', 'k, block 1']
+    assert list(rows['k, block 1']) == ['teacher: full precision', 'before IRM', 'after IRM', 'codes']
+    expected = qk_distributions(networks['4 bits'], images, [1], [0, 1])[1]
+    assert (rows['k, block 1']['codes'].heights == expected['codes'].heights).all()
+    with pytest.raises(UserError, match='--heads 2: there are 2, from 0 to 1'):
+        compare_qk(networks, images, [0], [2])
 
-    def check(name, position, qn, qp):
-        """x / alpha + z of every value against the shares of the codes and of what lies outside."""
-        codes = position.clamp(qn, qp).round().flatten().tolist()
-        item = usage[name]
-        shares = [codes.count(code) / len(codes) for code in range(qn, qp + 1)]
-        assert item.distribution.heights.tolist() == pytest.approx(shares), name
-        assert item.clipped == pytest.approx(((position < qn) | (position > qp)).double().mean().item()), name
-        expected = -sum(share * math.log2(share) for share in shares if share) / math.log2(qp - qn + 1)
-        assert item.relative_entropy == pytest.approx(expected), name
 
-    with torch.no_grad():
-        block = model.blocks[0]
-        x = block.norm1(model._pos_embed(model.patch_embed(images)))
-        attention, inputs = block.attn, attention_inputs(model, images)[0]
-        check('patch_embed.proj.act', images / model.patch_embed.proj.act.alpha.view(3, 1, 1)
-              + model.patch_embed.proj.act.zero_point.round().view(3, 1, 1), -128, 127)
-        check('blocks.0.attn.qkv', attention.qkv.weight / attention.qkv.alpha[:, None], -8, 7)
-        check('blocks.0.attn.qkv.act', x / attention.qkv.act.alpha + attention.qkv.act.zero_point.round(), -8, 7)
-        for act, value, (qn, qp) in (('v_act', inputs.v, (-8, 7)), ('q_act', inputs.q.rectified, (-8, 7)),
-                                     ('attn_act', attention_probabilities(inputs), (0, 15))):
-            quantizer = getattr(attention, act)
-            check(f'blocks.0.attn.{act}', value / quantizer.alpha.view(2, 1, 1)
-                  + quantizer.zero_point.round().view(2, 1, 1), qn, qp)
-    assert code_usage(build(STUDENT, quantize_attn=False), images_of(2)).keys() == {
-        name for name in usage if not name.endswith(('q_act', 'k_act', 'v_act', 'attn_act'))}
+# --- logs -------------------------------------------------------------------------------------------------------------
 
 
 def test_read_log(tmp_path):
@@ -244,3 +183,12 @@ def test_read_log(tmp_path):
         (tmp_path / 'log.txt').write_text(text)
         with pytest.raises(UserError, match=line):
             read_log(tmp_path)
+
+
+def test_runs_are_told_apart_by_their_folders(tmp_path):
+    for name in ('a/run', 'b/run', 'other'):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / 'log.txt').write_text('{"epoch": 0}\n')
+    assert list(read_logs([tmp_path / 'a/run', tmp_path / 'other/log.txt'])) == ['run', 'other']
+    same = [tmp_path / 'a/run', tmp_path / 'b/run', tmp_path / 'a/run']
+    assert list(read_logs(same)) == [str(tmp_path / 'a/run'), str(tmp_path / 'b/run')]

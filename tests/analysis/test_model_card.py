@@ -1,28 +1,29 @@
 """The model card: what it says of a run, and where that comes from."""
 
 import json
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from helpers import TINY, run
 
-import main
 import quant_vision_transformer  # noqa: F401  registers the variants
 import utils
-from analysis import model_card
+from analysis.cost import summary
 from analysis.model_card import write_model_card
-from checkpoints.files import read_checkpoint
-from checkpoints.networks import model_info
-from cost import summary
+from checkpoints.networks import ModelInfo
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 NAME, KWARGS = 'threebits_deit_tiny_patch16_224', {'embed_dim': 24, 'depth': 2, 'num_heads': 2, 'patch_size': 8}
-ABOUT = model_info(NAME, KWARGS, 10, 16, [str(digit) for digit in range(10)], 'IMNET')
+INFO = ModelInfo(NAME, KWARGS, 10, 16, [str(digit) for digit in range(10)], 'IMNET')
 LOG = [{'epoch': epoch, 'test_acc1': top1, 'test_acc5': top5, 'test_loss': loss, 'train_loss': 1., 'n_parameters': 9}
        for epoch, top1, top5, loss in ((0, 40.25, 80., 2.), (1, 62.5, 91.125, 1.25), (2, 62.5, 91., 1.5))]
+DEFAULTS = {'data_path': None, 'finetune': '', 'lr': 5e-4, 'opt_betas': None, 'epochs': 300, 'dist_url': 'env://',
+            'output_dir': '', 'model_kwargs': {}, 'smoothing': 0.}
+FLAGS = DEFAULTS | {'data_path': '/home/someone/imagenet/', 'finetune': '/home/someone/deit.pth', 'lr': 3e-4,
+                    'opt_betas': (0.9, 0.99), 'epochs': 7, 'dist_url': 'tcp://node17:2900',
+                    'output_dir': '/scratch/out', 'rank': 0, 'scaled_lr': 1e-4}
 
 
 @pytest.fixture(scope='module')
@@ -30,18 +31,10 @@ def model():
     return timm.create_model(NAME, num_classes=10, img_size=16, **KWARGS)
 
 
-def flags(*given: str) -> Namespace:
-    args = main.parse_args(['--data-path', '/home/someone/imagenet/', '--finetune', '/home/someone/deit.pth', '--lr',
-                            '3e-4', '--epochs', '7', '--dist_url', 'tcp://node17:2900', '--output_dir', '/scratch/out',
-                            *given])
-    args.rank, args.scaled_lr = 0, 1e-4
-    return args
-
-
-def write(folder, model, log=LOG, about=ABOUT, args=None, **options):
+def write(folder, model, log=LOG, info=INFO, **options):
     if log is not None:
         (folder / 'log.txt').write_text(''.join(f'{json.dumps(entry)}\n' for entry in log))
-    write_model_card(folder, model, about, args or flags(), **options)
+    write_model_card(folder, model, info, FLAGS, DEFAULTS, **options)
     return json.loads((folder / 'model_card.json').read_text()), (folder / 'model_card.md').read_text()
 
 
@@ -82,9 +75,9 @@ def test_a_line_that_was_cut_off_is_left_out(model, tmp_path):
 
 def test_flags_and_paths(model, tmp_path):
     card, text = write(tmp_path, model)
-    assert card['changed_flags'] == {'data_path': 'imagenet', 'finetune': 'deit.pth', 'lr': 3e-4, 'epochs': 7,
-                                     'dist_url': 'tcp://', 'output_dir': 'out'}
-    assert set(card['flags']) == set(vars(flags())) and card['flags']['scaled_lr'] == 1e-4
+    assert card['changed_flags'] == {'data_path': 'imagenet', 'finetune': 'deit.pth', 'lr': 3e-4,
+                                     'opt_betas': [0.9, 0.99], 'epochs': 7, 'dist_url': 'tcp://', 'output_dir': 'out'}
+    assert set(card['flags']) == set(FLAGS) and card['flags']['scaled_lr'] == 1e-4
     assert card['data'] == {'data_set': 'IMNET', 'data_path': 'imagenet'} and '| `lr` | `0.0003` |' in text
     for place in ('/home', 'someone', '/scratch', 'node17', str(tmp_path)):
         assert place not in text and place not in (tmp_path / 'model_card.json').read_text()
@@ -101,57 +94,14 @@ def test_costs_are_those_of_the_report(model, tmp_path):
 
 def test_full_precision_and_networks_without_a_cost(tmp_path):
     full = timm.create_model('deit_tiny_patch16_224', num_classes=10, img_size=16, **KWARGS)
-    card, text = write(tmp_path, full, about=ABOUT | {'model': 'deit_tiny_patch16_224'})
+    card, text = write(tmp_path, full, info=replace(INFO, model='deit_tiny_patch16_224'))
     assert card['precision'] is None and card['cost']['ops_ratio'] == 1
     assert 'A full-precision network' in text and 'deploy.py' not in text and 'main.py --eval' in text
-    card, text = write(tmp_path, torch.nn.Linear(1, 1), about=ABOUT | {'model': 'resnet18'})
+    card, text = write(tmp_path, torch.nn.Linear(1, 1), info=replace(INFO, model='resnet18'))
     assert card['cost'] is None and 'Size and operations' not in text and text.startswith('# resnet18\n')
 
 
-# --- from a run -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('trained')
-    torch.set_num_threads(1)
-    assert run(*TINY, '--batch-size', 512, '--epochs', 2, '--model-ema', '--model-ema-decay', '0.5', '--output_dir',
-               folder) == 0
-    return folder
-
-
-def test_training_writes_the_card(trained):
-    card, text = json.loads((trained / 'model_card.json').read_text()), (trained / 'model_card.md').read_text()
-    log = [json.loads(line) for line in (trained / 'log.txt').read_text().splitlines()]
-    best = max(log, key=lambda entry: entry['test_acc1'])
-    state = read_checkpoint(trained / 'best_checkpoint.pth')
-    assert card['accuracy']['epoch'] == best['epoch'] == state['epoch'] and card['accuracy']['images'] == 355
-    assert card['accuracy']['test']['top1'] == best['test_acc1'] == state['max_accuracy']
-    assert card['accuracy']['test_ema']['top1'] == best['test_ema_acc1'] and 'averaged network' in text
-    assert card['epochs_done'] == 2 and card['changed_flags']['model_ema'] is True
-    record = json.loads((trained / 'args.json').read_text())
-    assert card['git_commit'] == record['git_commit'] and card['versions']['torch'] == torch.__version__
-    assert card['versions']['timm'] == timm.__version__ and 'Data: DIGITS.' in text
-    assert 'python main.py --eval --resume best_checkpoint.pth\n' in text  # the digits need no --data-path
-    assert 'python deploy.py pack best_checkpoint.pth --output model.qvit.safetensors' in text
-
-
-def test_the_command_writes_the_same_card(trained, capsys):
-    names = ('model_card.json', 'model_card.md')
-    before = [(trained / name).read_text() for name in names]
-    for name in names:
-        (trained / name).unlink()
-    assert model_card.main([str(trained / 'best_checkpoint.pth'), '--images', '355']) == 0
-    assert [(trained / name).read_text() for name in names] == before
-    assert 'model_card.md' in capsys.readouterr().out
-
-
-def test_the_command_to_evaluate_works(trained, monkeypatch, capsys):
-    card = json.loads((trained / 'model_card.json').read_text())
-    program, script, *given = card['commands']['evaluate'].split()
-    monkeypatch.chdir(trained)
-    assert (program, script) == ('python', 'main.py') and run(*given, '--device', 'cpu') == 0
-    assert f'* Acc@1 {card["accuracy"]["test"]["top1"]:.3f}' in capsys.readouterr().out
+# --- how it is written ------------------------------------------------------------------------------------------------
 
 
 def test_a_card_is_whole_or_the_one_before(model, tmp_path, monkeypatch):
@@ -168,11 +118,3 @@ def test_writing_draws_no_random_number(model, tmp_path):
     write(tmp_path, model)
     after = utils.rng_states(torch.device('cpu'))
     assert torch.equal(before[0].pop('torch'), after[0].pop('torch')) and before == after
-
-
-def test_a_file_that_says_nothing_of_itself(tmp_path, model, capsys):
-    torch.save({'model': model.state_dict()}, tmp_path / 'released.pth')
-    assert model_card.main([str(tmp_path / 'released.pth')]) == 2
-    err = capsys.readouterr().err
-    assert err.count('\n') == 1 and 'was not written by main.py' in err
-    assert not (tmp_path / 'model_card.md').exists()

@@ -3,14 +3,16 @@
 import pytest
 import timm
 import torch
+from calibration.first_batch import calibrate
 from helpers import TINY, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import block_weights, calibrate, named_quantizers
-from analysis.inspection import code_usage
-from training.diagnostics import Diagnostics, quantizer_statistics, warning_lines
-from training.methods.oscillation import Oscillations
+from _quan_base import block_weights, named_quantizers
+from analysis.codes import code_statistics
+from training.diagnostics import Diagnostics, warning_lines
+from training.methods import Method
+from training.methods.oscillation import OscillationConfig, Oscillations
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -27,43 +29,22 @@ def calibrated() -> torch.nn.Module:
     return model
 
 
-def test_statistics_of_quantizers_leave_the_model_as_it_was():
-    model = calibrated()
-    with torch.no_grad():
-        model.blocks[0].attn.attn_act.alpha.fill_(1e-4)  # 15 codes reach 0.0015: every probability is clipped
-        model.blocks[0].attn.attn_act.zero_point.zero_()
-        model.head.act.alpha.fill_(100.)
-        model.head.act.zero_point.zero_()
-    model.train()
-    found = quantizer_statistics(model, images())
-    assert found['blocks.0.attn.attn_act'] == {'step': pytest.approx(1e-4), 'zero_point': 0, 'clipped': 1, 'dead': 1,
-                                               'entropy': 0}
-    assert found['head.act'] == {'step': 100, 'zero_point': 0, 'clipped': 0, 'dead': 1, 'entropy': 0}
-    assert 'zero_point' not in found['head'] and len(found) == len(list(named_quantizers(model)))
-    assert model.training and not any(module._forward_hooks for module in model.modules())
-    assert quantizer_statistics(torch.nn.Linear(2, 2).double(), torch.zeros(1, 2).double()) == {}
-
-
-def test_entropies_and_clipped_values_are_those_of_the_figures():
-    model = calibrated()
-    found, expected = quantizer_statistics(model, images()), code_usage(model, images())
-    assert found.keys() == expected.keys()
-    for name, usage in expected.items():
-        assert found[name]['entropy'] == pytest.approx(usage.distribution.entropy), name
-        assert found[name]['clipped'] == usage.clipped
+def test_the_numbers_are_those_of_the_figures():
+    model = calibrated().train()
+    found, expected = Diagnostics(model, images()).measure(), code_statistics(model, images())
+    assert list(found) == list(expected) == [name for name, _ in named_quantizers(model)]
+    for name, item in expected.items():
+        numbers = {'step': item.scale, 'clipped': item.clipped, 'dead': item.dead, 'entropy': item.distribution.entropy}
+        numbers |= {} if item.zero_point is None else {'zero_point': item.zero_point}
+        assert {key: value for key, value in found[name].items() if key != 'changed'} == numbers, name
+    assert 'zero_point' in found['head.act'] and 'zero_point' not in found['head'] and model.training
     assert 1 < found['blocks.0.attn.q_act']['entropy'] < 4
+    assert found['head.act']['step'] == pytest.approx(model.head.act.alpha.mean().item())
 
 
-def test_dead_channels():
-    model = calibrated()
-    attention, fc1 = model.blocks[0].attn, model.blocks[0].mlp.fc1
-    with torch.no_grad():
-        fc1.weight[:24] = 0.3  # rows of a constant, a quarter of them
-        attention.norm_q.weight[:3] = 0.  # of the 12 dimensions of both heads
-        model.blocks[0].norm2.weight[:6] = 0.  # inputs of fc1, of 24
-    found = quantizer_statistics(model, images())
-    assert {name: found[f'blocks.0.{name}']['dead'] for name in ('mlp.fc1', 'attn.q_act', 'attn.k_act', 'mlp.fc1.act')
-            } == {'mlp.fc1': 0.25, 'attn.q_act': 0.25, 'attn.k_act': 0, 'mlp.fc1.act': 0.25}
+def test_a_network_without_quantizers_has_no_numbers():
+    diagnostics = Diagnostics(torch.nn.Linear(2, 2).double(), torch.zeros(1, 2).double())
+    assert diagnostics.measure() == {} and warning_lines(diagnostics.model, {}, 1.) == []
 
 
 def test_codes_that_changed_since_the_last_epoch():
@@ -77,11 +58,12 @@ def test_codes_that_changed_since_the_last_epoch():
     assert 'changed' not in found['head'] and 'oscillating' not in found['blocks.0.mlp.fc2']
     assert diagnostics.measure()['blocks.0.mlp.fc2']['changed'] == 0
 
-    oscillations = Oscillations(model)
+    oscillations = Oscillations(model, OscillationConfig())
     oscillations.states['blocks.0.mlp.fc2']['frequency'][:12] = 0.1
     oscillations.states['blocks.0.mlp.fc2']['frozen'][:6] = True
-    entry = Diagnostics(model, images(), oscillations).measure()['blocks.0.mlp.fc2']
+    entry = Diagnostics(model, images(), [Method(), oscillations]).measure()['blocks.0.mlp.fc2']
     assert (entry['oscillating'], entry['frozen']) == (0.25, 0.25) and 'changed' not in entry
+    assert 'changed' in Diagnostics(model, images(), [Method()]).measure()['blocks.0.mlp.fc2']
 
 
 def test_a_warning_names_the_worst_place_and_what_to_try():
@@ -109,6 +91,7 @@ def test_a_warning_names_the_worst_place_and_what_to_try():
     assert 'changed 40% of its codes in this epoch' in line
 
 
+@pytest.mark.whole_run
 def test_a_run_writes_and_warns(tmp_path, capsys):
     """At a learning rate that ruins a network, without a teacher."""
     assert run(*TINY, '--epochs', 1, '--lr', '3', '--output_dir', tmp_path) == 0
