@@ -150,12 +150,12 @@ def test_zero_points_that_do_not_fit_in_8_bits(tmp_path):
     assert np.abs(logits(tmp_path / 'a.onnx', images) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(('step', 'clips'), [(0.5, 0), (5., 1)])
-def test_gelu_is_clipped_at_10_where_codes_reach_further(tmp_path, step, clips):
+@pytest.mark.parametrize(('scale', 'clips'), [(0.5, 0), (5., 1)])
+def test_gelu_is_clipped_at_10_where_codes_reach_further(tmp_path, scale, clips):
     model = network(depth=1, act_granularity='tensor')
     with torch.no_grad():
         model.blocks[0].mlp.fc1.bias[:12] += 30
-        model.blocks[0].mlp.fc2.act.alpha.fill_(step)
+        model.blocks[0].mlp.fc2.act.alpha.fill_(scale)
         model.blocks[0].mlp.fc2.act.zero_point.zero_()
     net = integer(model)
     images = clear_images(net)

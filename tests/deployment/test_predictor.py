@@ -17,7 +17,7 @@ from utils import UserError
 def network():
     torch.manual_seed(0)
     model = timm.create_model('fourbits_deit_tiny_patch16_224', depth=1, img_size=32, num_classes=4)
-    calibrate(model, torch.randn(4, 3, 32, 32))
+    calibrate(model, torch.randn(4, 3, 32, 32), lambda x, qn, qp: (x.abs().mean(1) / qp ** 0.5, x.amin(1)))
     return model.eval()
 
 
