@@ -1,12 +1,13 @@
 """Integer inference in fused C++ kernels on the CPU: `NativeViT` runs an `IntegerViT` in them.
 
-`integer_kernels.cpp` is compiled on first use. Where there is no C++ compiler, `fastest` returns the network in plain
-torch instead.
+`integer_kernels.cpp`, with the headers beside it, is compiled on first use. Where there is no C++ compiler, `fastest`
+returns the network in plain torch instead.
 """
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ from ops.cpp_library import NativeUnavailable, load
 __all__ = ['NativeUnavailable', 'NativeViT', 'fastest']
 
 SOURCE = Path(__file__).with_name('integer_kernels.cpp')
-FLAGS = ['-pthread', '-fopenmp-simd', '-ffp-contract=fast']
+# The cached library is named after the source and the flags: the headers' checksum among them has it made anew when one
+# of them changes.
+HEADERS = hashlib.sha256(b''.join(path.read_bytes() for path in sorted(SOURCE.parent.glob('integer_*.h')))).hexdigest()
+FLAGS = ['-pthread', '-fopenmp-simd', '-ffp-contract=fast', f'-DQVIT_HEADERS={HEADERS[:16]}']
 HEAD_WIDTH = 64
 LARGEST_ZERO = 1024  # of q, v and attention: the kernels sum their products in 32 bits
 # The kinds of a block's parts: the kernels know each by its place in these tables.
