@@ -96,7 +96,7 @@ def run_predict(args: Namespace) -> None:
 def run_onnx(args: Namespace) -> None:
     from deployment.onnx_export import export_onnx  # no other command needs onnx
 
-    info, model, _ = open_network(args.file)
+    info, model, _ = open_network(args.file, what=predictor.NAMED_BY)
     if isinstance(model, QVisionTransformer):
         export_onnx(IntegerViT(model), args.output, weights=args.weights, quantized=model, info=info)
     else:

@@ -146,6 +146,9 @@ def collapsed(value: Tensor) -> Tensor:
 def to_codes(g: Graph, x: str, affine: Affine, right: bool = False) -> Codes:
     """Adds the nodes that quantize a float x.
 
+    A value exactly between two codes may get the other one than in `IntegerViT`: ONNX rounds to the nearest even before
+    it adds a zero point, which makes a difference where that is odd.
+
     Args:
         right: whether the codes are the right operand of a product, which is fastest in int8.
     """

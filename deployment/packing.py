@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.packed import PackedFile, Stored, is_packed, read_packed, unpack_codes, write_packed
+from checkpoints.packed import PackedFile, is_packed, read_packed, unpack_codes, write_packed
 from deployment.predictor import open_quantized
 from utils import UserError
 
@@ -34,7 +34,7 @@ def pack(path: str, model: str | None = None, output: Path | None = None) -> str
     output = output or Path(path).with_suffix(f'.qvit{SUFFIX}')
     if output.suffix != SUFFIX:
         raise UserError(f'--output {output}: choose a name that ends in {SUFFIX}')
-    info, network, _ = open_quantized(path, model)
+    info, network, _ = open_quantized(path, model, what='--model')
     packed = write_packed(network, info, output)
     # The whole `model` entry of the checkpoint counts, with the scales, which the packed file has in float32, too.
     full, size = sum(4 * value.numel() for value in network.state_dict().values()), os.path.getsize(output)
@@ -45,9 +45,8 @@ def pack(path: str, model: str | None = None, output: Path | None = None) -> str
 def inspect(path: str) -> dict[str, Any]:
     """What is in a packed file, in plain values: its description, its bytes by part, activations and tensors."""
     packed, size = read_packed(path), os.path.getsize(path)
-    description = {key: value for key, value in packed.about.items() if key not in ('weights', 'activations')}
-    return {'file': path, 'bytes': size, 'description': description, 'parts': bytes_by_part(packed, size),
-            'activations': packed.about['activations'], 'tensors': tensor_rows(packed, size)}
+    return {'file': path, 'bytes': size, 'description': packed.info.to_dict(), 'parts': bytes_by_part(packed, size),
+            'activations': packed.activations, 'tensors': tensor_rows(packed, size)}
 
 
 # --- parts and tensors ------------------------------------------------------------------------------------------------
@@ -65,16 +64,11 @@ def _part_of(name: str, coded: bool) -> str:
     return 'biases' if leaf == 'bias' else 'embeddings'
 
 
-def _is_coded(packed: PackedFile, stored: Stored) -> bool:
-    """Whether the tensor holds integer codes: these are the only streams of bytes."""
-    return packed.tensors[stored.name].dtype == torch.uint8
-
-
 def bytes_by_part(packed: PackedFile, size: int) -> dict[str, int]:
     """The bytes of each of `PARTS`; they add up to the file's `size`."""
     parts = dict.fromkeys(PARTS, 0)
     for stored in packed.stored():
-        parts[_part_of(stored.name, _is_coded(packed, stored))] += stored.bytes
+        parts[_part_of(stored.name, stored.name in packed.weights)] += stored.bytes
     parts['header'] = size - sum(parts.values())
     return parts
 
@@ -86,7 +80,7 @@ def tensor_rows(packed: PackedFile, size: int) -> list[dict[str, Any]]:
     """
     rows = []
     for stored in packed.stored():
-        values, coded = packed.tensors[stored.name], _is_coded(packed, stored)
+        values, coded = packed.tensors[stored.name], stored.name in packed.weights
         if coded:
             values = unpack_codes(values, stored.bits, torch.Size(stored.shape).numel())
         low, high = (values.min().item(), values.max().item()) if values.numel() else (None, None)

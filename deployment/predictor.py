@@ -16,18 +16,19 @@ from deployment.integer import IntegerViT
 from quant_vision_transformer import QVisionTransformer
 from utils import UserError
 
-__all__ = ['ARITHMETICS', 'BACKENDS', 'TERMS', 'Predictor', 'add_arguments', 'build_predictor', 'class_names',
-           'likeliest', 'open_quantized', 'read_picture']
+__all__ = ['ARITHMETICS', 'BACKENDS', 'NAMED_BY', 'TERMS', 'Predictor', 'add_arguments', 'build_predictor',
+           'class_names', 'likeliest', 'open_quantized', 'read_picture']
 
 Predictor = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, classes)
 TERMS = {'int8': 1, 'int8x2': 2}        # of a folded weight, by the name of the arithmetic
 ARITHMETICS = (*TERMS, 'float')
 BACKENDS = ('auto', 'native', 'torch')
+NAMED_BY = 'deploy.py pack --model NAME'  # names the network of a file that does not
 
 
-def open_quantized(path: str | Path, model: str | None = None) -> OpenedNetwork:
+def open_quantized(path: str | Path, model: str | None = None, *, what: str = NAMED_BY) -> OpenedNetwork:
     """Opens a packed file or a checkpoint as `open_network` does, and refuses networks that are not quantized."""
-    opened = open_network(path, model)
+    opened = open_network(path, model, what=what)
     if not isinstance(opened.model, QVisionTransformer):
         raise UserError(f'{path} holds {opened.info.model}, which is not quantized: give a quantized checkpoint')
     return opened

@@ -101,7 +101,9 @@ def test_pack_of_a_released_file(tmp_path, capsys):
     path = tmp_path / 'released.pth'
     torch.save({'model': state, 'args': Namespace(lr=1.)}, path)
     assert run('pack', path) == 2
-    assert 'does not say which network it holds' in capsys.readouterr().err
+    assert 'does not say which network it holds: name it with --model' in capsys.readouterr().err
+    assert run('eval', path) == 2
+    assert 'name it with deploy.py pack --model NAME' in capsys.readouterr().err
     assert run('pack', path, '--model', 'fourbit_deit_tiny_patch16_224') == 2
     assert f'did you mean {NAME}' in capsys.readouterr().err
     assert run('pack', path, '--model', NAME) == 0
@@ -249,7 +251,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     ('inspect checkpoint.pth', 'checkpoint.pth: truncated or damaged, or not a safetensors file'),
     ('inspect cut.safetensors', 'cut.safetensors: truncated or damaged'),
     ('eval cut.safetensors', 'cut.safetensors: truncated or damaged'),
-    ('eval nowhere.safetensors', 'nowhere.safetensors: no such file'),
+    ('eval nowhere.safetensors', 'nowhere.safetensors: no such'),
     ('eval packed.safetensors --backend native --arithmetic float', '--backend native is for integers'),
     ('eval packed.safetensors --backend native --device cuda:7', '--device cuda:7 cannot be used'),
     ('predict text.pth --packed packed.safetensors --device teapot', '--device teapot cannot be used'),
