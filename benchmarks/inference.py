@@ -34,8 +34,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from _quan_base import calibrate
 from benchmarks.contenders import CONTENDERS, ON_CPU_ONLY, Spec, one_line, random_images
+from calibration.first_batch import calibrate
 from checkpoints.networks import ModelInfo, OpenedNetwork
 from checkpoints.packed import write_packed
 from deployment.integer import IntegerViT

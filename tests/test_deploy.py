@@ -13,7 +13,7 @@ from PIL import Image
 
 import deploy
 import main
-from _quan_base import calibrate
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, open_network

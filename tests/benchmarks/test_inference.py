@@ -13,9 +13,9 @@ import timm
 import torch
 
 import deploy
-from _quan_base import calibrate
 from benchmarks import inference
 from benchmarks.contenders import CONTENDERS, Spec
+from calibration.first_batch import calibrate
 from checkpoints.networks import ModelInfo
 from checkpoints.packed import write_packed
 from deployment.integer import IntegerViT

@@ -7,7 +7,8 @@ from helpers import SHARED
 from torchvision.datasets.folder import pil_loader
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import Conv2dQ, LinearQ, calibrate
+from _quan_base import Conv2dQ, LinearQ
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from datasets import build_transform

@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import calibrate
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo

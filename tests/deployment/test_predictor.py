@@ -6,7 +6,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 import models  # noqa: F401  registers full-precision networks
-from _quan_base import calibrate
+from calibration.first_batch import calibrate
 from checkpoints.networks import ModelInfo
 from deployment import native
 from deployment.integer import IntegerViT

@@ -6,7 +6,8 @@ import timm
 import torch
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import QParams, calibrate, named_quantizers
+from _quan_base import QParams, named_quantizers
+from calibration.first_batch import calibrate
 from deployment.integer import IntegerViT
 
 
