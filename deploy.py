@@ -59,15 +59,15 @@ def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
     dataset = build_eval_dataset(source, info.num_classes)
     evaluation.check_classes(args.file, info, data_set, dataset.classes)
     loading = Loading(args.batch_size, args.num_workers, pin_mem=False)
-    return build_eval_loader(evaluation.evenly_spread(dataset, args.limit), loading, Ranks(), torch.device(args.device))
+    return build_eval_loader(evaluation.evenly_spread(dataset, args.limit), loading, Ranks(), torch.device('cpu'))
 
 
 def run_eval(args: Namespace) -> None:
     check_positive(args, 'batch_size', 'limit', 'print_freq')
     info, model, _ = predictor.open_quantized(args.file)
+    loader = build_loader(args, info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
-    measure = partial(evaluate, loader=build_loader(args, info), device=torch.device(args.device),
-                      print_freq=args.print_freq)
+    measure = partial(evaluate, loader=loader, device=torch.device(args.device), print_freq=args.print_freq)
     ours = evaluation.evaluate_classes(measure, predict)
     print(f'Accuracy of the network in {args.arithmetic} on the {ours.stats["n"]} test images: '
           f'{ours.stats["acc1"]:.1f}%')

@@ -150,7 +150,7 @@ class Contender(NamedTuple):
     build: Callable[[Spec], tuple[Forward, str]]
 
 
-QUANTIZED = ('torch', 'deployment.native', 'checkpoints.networks', 'quant_vision_transformer')  # registers the network
+QUANTIZED = ('torch', 'deployment.native', 'checkpoints.networks', 'quant_vision_transformer')  # its registration
 TORCH = ('torch', 'timm', 'safetensors.torch')
 CONTENDERS = {
     'native': Contender('this network, integers, native kernels', 'packed', QUANTIZED,

@@ -105,8 +105,8 @@ def _attention_codes(g: Graph, attn: IntAttention, qkv: Linear, x: Codes) -> tup
         k = normalized_codes(g, k, width, attn.norm_eps, affines[1], right=True)
     else:
         q, k = to_codes(g, q, affines[0]), to_codes(g, k, affines[1], right=True)
-    v = to_codes(g, v, affines[2], right=True)
-    return q.transposed(g, 0, 2, 1, 3), k.transposed(g, 0, 2, 3, 1), v.transposed(g, 0, 2, 1, 3)
+    v = to_codes(g, v, affines[2], right=True).transposed(g, 0, 2, 1, 3)
+    return q.transposed(g, 0, 2, 1, 3), k.transposed(g, 0, 2, 3, 1), v
 
 
 def _mixed_attention(g: Graph, attn: IntAttention, qkv: Linear, x: Codes) -> str:
