@@ -105,6 +105,7 @@ def test_every_block_has_its_own_weights_and_scales():
     assert all((one - other).abs().max() > 0.1 * one.std() for one, other in zip(alone, alone[1:], strict=False))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(('flags', 'needs', 'instructions'), [
     (['-march=x86-64'], None, 'portable'), (['-march=haswell'], 'avx2', 'AVX2'),
     (['-march=haswell', '-mavxvnni'], 'avx_vnni', 'AVX-VNNI')])
