@@ -1,6 +1,8 @@
 """What `deploy.py bench` compares: networks and runtimes, each in a process of its own that answers on a pipe.
 
-This module imports no torch at its head: the processes of ONNX Runtime do without, and their memory shows it.
+    python -m benchmarks.contenders SPEC      SPEC: a `Spec` as JSON; inference.py starts it
+
+This module imports no torch at its head, because the processes of ONNX Runtime do without, and their memory shows it.
 """
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,26 +21,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ['CONTENDERS', 'Contender', 'Forward', 'Spec', 'one_line', 'random_images']
+__all__ = ['CONTENDERS', 'ON_CPU_ONLY', 'Contender', 'Forward', 'Spec', 'one_line', 'random_images']
 
 Forward = Callable[[np.ndarray], Any]  # float32 images (B, C, H, W) -> logits (B, classes), array or tensor
-# Of a spec: contender, file, terms, threads, device, batch_sizes, input_size, num_classes, full_model, full_kwargs.
-Spec = dict[str, Any]
 WARM_UP = 3            # forwards before any measurement, of each batch size
+
+
+class Spec(NamedTuple):
+    """What a contender's process is told; it travels as JSON.
+
+    Attributes:
+        threads, device, batch_sizes: the same for all contenders.
+        input_size, num_classes: of all networks.
+        terms: 8-bit terms of a folded weight in the integer network.
+        full_model, full_kwargs: the full-precision network in timm, and its options.
+        contender: one of `CONTENDERS`.
+        file: what it loads.
+    """
+    threads: int
+    device: str
+    batch_sizes: Sequence[int]
+    input_size: int
+    num_classes: int
+    terms: int
+    full_model: str
+    full_kwargs: dict[str, Any]
+    contender: str = ''
+    file: str = ''
 
 
 # --- the contenders, each built in a process of its own ---------------------------------------------------------------
 
 
 def _on_device(spec: Spec) -> Callable[[np.ndarray], Any]:
-    """Images -> the tensor of them on the device, where they stay: moving them there is not measured."""
+    """A function from images to their tensor on the device. It stays there, so that moving it is not measured."""
     import torch
 
     tensors = {}
 
     def tensor(images: np.ndarray) -> Any:
         if id(images) not in tensors:
-            tensors[id(images)] = images, torch.from_numpy(images).to(spec['device'])
+            tensors[id(images)] = images, torch.from_numpy(images).to(spec.device)
         return tensors[id(images)][1]
 
     return tensor
@@ -47,15 +70,15 @@ def _on_device(spec: Spec) -> Callable[[np.ndarray], Any]:
 def _quantized(spec: Spec, kind: str) -> tuple[Forward, str]:
     import torch
 
-    from checkpoints.packed import read_packed
+    from checkpoints.networks import open_network
     from deployment.integer import IntegerViT
     from deployment.native import NativeViT
 
-    network, images_of, note = read_packed(spec['file']).network().to(spec['device']), _on_device(spec), ''
+    network, images_of, note = open_network(spec.file).model.to(spec.device), _on_device(spec), ''
     if kind != 'simulated':
-        network = IntegerViT(network, spec['terms'])
+        network = IntegerViT(network, spec.terms)
     if kind == 'native':
-        network = NativeViT(network, spec['threads'])
+        network = NativeViT(network, spec.threads)
         note = network.instructions
     if kind == 'compiled':
         network = torch.compile(network, dynamic=False)
@@ -66,10 +89,10 @@ def _full_precision(spec: Spec) -> Any:
     import safetensors.torch
     import timm
 
-    model = timm.create_model(spec['full_model'], img_size=spec['input_size'], num_classes=spec['num_classes'],
-                              **spec['full_kwargs'])
-    model.load_state_dict(safetensors.torch.load_file(spec['file']))
-    return model.eval().to(spec['device'])
+    model = timm.create_model(spec.full_model, img_size=spec.input_size, num_classes=spec.num_classes,
+                              **spec.full_kwargs)
+    model.load_state_dict(safetensors.torch.load_file(spec.file))
+    return model.eval().to(spec.device)
 
 
 def _torch(spec: Spec, half: bool, compiled: bool) -> tuple[Forward, str]:
@@ -81,7 +104,7 @@ def _torch(spec: Spec, half: bool, compiled: bool) -> tuple[Forward, str]:
         return model(images_of(images))
 
     def in_autocast(images: np.ndarray) -> Any:
-        with torch.autocast(spec['device'], torch.bfloat16):
+        with torch.autocast(spec.device, torch.bfloat16):
             return model(images_of(images))
 
     def in_bf16(images: np.ndarray) -> Any:
@@ -89,7 +112,7 @@ def _torch(spec: Spec, half: bool, compiled: bool) -> tuple[Forward, str]:
 
     forward, note = in_float32, ''
     if half:
-        images = random_images(max(spec['batch_sizes']), spec)
+        images = random_images(max(spec.batch_sizes), spec)
         with torch.inference_mode():
             by_autocast = _best_of(in_autocast, images)
             model.bfloat16()
@@ -104,7 +127,7 @@ def _torch(spec: Spec, half: bool, compiled: bool) -> tuple[Forward, str]:
 
 
 def _best_of(forward: Forward, images: np.ndarray) -> float:
-    """Seconds."""
+    """The seconds of the fastest of some forwards, after one that is not timed."""
     forward(images)
     return min(_timed(forward, images) for _ in range(WARM_UP))
 
@@ -113,8 +136,8 @@ def _onnx(spec: Spec) -> tuple[Forward, str]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = spec['threads'], 1
-    session = onnxruntime.InferenceSession(spec['file'], options, providers=['CPUExecutionProvider'])
+    options.intra_op_num_threads, options.inter_op_num_threads = spec.threads, 1
+    session = onnxruntime.InferenceSession(spec.file, options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0], ''
 
@@ -127,7 +150,7 @@ class Contender(NamedTuple):
     build: Callable[[Spec], tuple[Forward, str]]
 
 
-QUANTIZED = ('torch', 'native', 'packing', 'quant_vision_transformer')  # the last registers the network
+QUANTIZED = ('torch', 'deployment.native', 'checkpoints.networks', 'quant_vision_transformer')  # its registration
 TORCH = ('torch', 'timm', 'safetensors.torch')
 CONTENDERS = {
     'native': Contender('this network, integers, native kernels', 'packed', QUANTIZED,
@@ -156,7 +179,7 @@ ON_CPU_ONLY = ('native', 'ort-int8', 'ort-float32', 'ort-dynamic')
 
 
 def random_images(count: int, spec: Spec) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((count, 3, spec['input_size'], spec['input_size']), np.float32)
+    return np.random.default_rng(0).standard_normal((count, 3, spec.input_size, spec.input_size), np.float32)
 
 
 def _timed(forward: Forward, images: np.ndarray) -> float:
@@ -175,7 +198,7 @@ def _synchronize() -> None:
 
 
 def peak_resident() -> int:
-    """Bytes."""
+    """The most bytes of this process that were in physical memory so far, or since `_reset_peak`."""
     with suppress(OSError):
         fields = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
         return int(fields['VmHWM'].removesuffix('kB')) * 1024
@@ -185,6 +208,7 @@ def peak_resident() -> int:
 
 
 def _reset_peak() -> bool:
+    """Lets `peak_resident` begin anew; whether the system does that."""
     gc.collect()
     getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)(0)  # glibc keeps freed memory otherwise
     with suppress(OSError):
@@ -194,7 +218,7 @@ def _reset_peak() -> bool:
 
 
 def _worker(spec: Spec) -> None:
-    """Answers one JSON line for each of stdin: first its state, then the seconds of the forwards asked for."""
+    """Answers in JSON lines: first with the contender's state, then to each line of stdin, which asks for forwards."""
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what libraries print must not get between the answers
 
@@ -202,14 +226,14 @@ def _worker(spec: Spec) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
     try:
-        contender = CONTENDERS[spec['contender']]
+        contender = CONTENDERS[spec.contender]
         for library in contender.libraries:
             importlib.import_module(library)
         if 'torch' in sys.modules:
-            sys.modules['torch'].set_num_threads(spec['threads'])
+            sys.modules['torch'].set_num_threads(spec.threads)
         libraries = peak_resident()
         forward, note = contender.build(spec)
-        images = {count: random_images(count, spec) for count in spec['batch_sizes']}
+        images = {count: random_images(count, spec) for count in spec.batch_sizes}
         for batch in images.values():
             for _ in range(WARM_UP):
                 logits = forward(batch)
@@ -233,4 +257,4 @@ def one_line(error: Exception, most: int = 160) -> str:
 
 
 if __name__ == '__main__':
-    _worker(json.loads(sys.argv[1]))
+    _worker(Spec(**json.loads(sys.argv[1])))

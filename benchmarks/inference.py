@@ -2,11 +2,11 @@
 
 Every contender runs in a fresh process that stays alive. They take turns: in every round each does an untimed forward,
 because the others emptied the caches, and then its timed ones; the order rotates. So the noise of a shared machine hits
-all alike. All have the same number of threads, set before their libraries start, and the same images.
+all alike. All have the same images and the same number of threads, which is set before their libraries start.
 
-Memory is the resident set of the process: after its libraries are imported; its peak after warm-up; its peak from start
-to end, with loading and, for torch.compile, compilation in it. Only Linux tells all; elsewhere they are getrusage's.
-(On Linux, getrusage's would begin at that of the process that started this one.) 1 MB is 10^6 bytes.
+Memory is the resident set of the process: after its libraries are imported, its peak after warm-up, and its peak from
+start to end, which includes loading and, for torch.compile, compilation. Only Linux tells all of them; elsewhere they
+are getrusage's. (On Linux, getrusage's would begin at that of the process that started this one.) 1 MB is 10^6 bytes.
 """
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,19 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from _quan_base import calibrate
-from benchmarks import contenders as deploy_contenders
 from benchmarks.contenders import CONTENDERS, ON_CPU_ONLY, Spec, one_line, random_images
-from checkpoints.networks import model_info
+from calibration.first_batch import calibrate
+from checkpoints.networks import ModelInfo, OpenedNetwork
 from checkpoints.packed import write_packed
 from deployment.integer import IntegerViT
+from deployment.predictor import TERMS
 from quant_vision_transformer import BITS, SIZES, QuantConfig, QVisionTransformer
 from utils import UserError
 
-__all__ = ['HELP', 'SUMMARY', 'add_arguments', 'run']
+__all__ = ['HELP', 'SUMMARY', 'Conditions', 'add_arguments', 'check_folders', 'measure_network', 'random_network',
+           'write']
 
+ROOT = Path(__file__).resolve().parents[1]
 TURN = 5           # timed forwards in a row
 PAUSE = 0.05       # seconds between turns, in which idle threads of the last one go to sleep
 SUMMARY = 'measure speed and memory beside full precision'
@@ -58,7 +59,72 @@ in its row. Without FILE, a network with random weights: speed and file sizes do
   python deploy.py bench --model twobits_deit_small_patch16_224 --batch-sizes 1 --threads 1 --markdown table.md'''
 
 
-# --- the process that lets them take turns ----------------------------------------------------------------------------
+def add_arguments(add: Callable[..., argparse.Action]) -> None:
+    add('file', nargs='?', metavar='FILE', help='packed file, or a checkpoint')
+    add('--model', default='fourbits_deit_small_patch16_224', metavar='NAME',
+        help='without FILE: the network, one of {twobits,threebits,fourbits}_deit_{tiny,small,base}_patch16_224 '
+             '(default: %(default)s)')
+    add('--arithmetic', default='int8', choices=TERMS, help='of the integers (default: %(default)s)')
+    add('--batch-sizes', nargs='+', type=int, default=[1, 8, 32], metavar='N', help='(default: 1 8 32)')
+    add('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of every contender '
+                                                                                  '(here: %(default)s)')
+    add('--device', default='cpu', choices=('cpu', 'cuda'), help='cuda: those that run there (default: %(default)s)')
+    add('--runs', type=int, default=20, metavar='R', help='timed forwards of each contender and batch size '
+                                                          '(default: %(default)s)')
+    add('--contenders', nargs='+', choices=CONTENDERS, default=list(CONTENDERS), metavar='NAME',
+        help=f'only these, of {", ".join(CONTENDERS)}')
+    add('--markdown', type=Path, metavar='FILE', help='also write the table there')
+    add('--json', type=Path, metavar='FILE', help='also write all results there, with the time of every forward')
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is measured, and how; the fields are named as the flags.
+
+    Raises:
+        UserError: a number is below 1, there is no such device, or no contender runs on it.
+    """
+    arithmetic: str = 'int8'
+    batch_sizes: Sequence[int] = (1, 8, 32)
+    threads: int = 1
+    device: str = 'cpu'
+    runs: int = 20
+    contenders: Sequence[str] = tuple(CONTENDERS)
+
+    def __post_init__(self) -> None:
+        if min(self.threads, self.runs, *self.batch_sizes) < 1:
+            raise UserError('--batch-sizes, --threads and --runs: choose values of at least 1')
+        if self.device == 'cuda' and not torch.cuda.is_available():
+            raise UserError('--device cuda: PyTorch finds no GPU here')
+        if not self.wanted:
+            raise UserError(f'--device cuda: {", ".join(self.contenders)} run on the CPU only')
+
+    @property
+    def wanted(self) -> list[str]:
+        """The contenders that run on the device."""
+        return [name for name in self.contenders if self.device == 'cpu' or name not in ON_CPU_ONLY]
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def uneven_rule(x: Tensor, qn: int, qp: int) -> tuple[Tensor, Tensor]:
+    """The published first-batch rule for each channel by itself: no two scales are alike, as after training."""
+    scale = 2 * x.abs().mean(1) / qp ** 0.5
+    return scale, 0.1 * (x.amin(1) - scale * qn)
+
+
+def random_network(name: str) -> OpenedNetwork:
+    """A variant with random weights, calibrated on noise."""
+    if name not in {f'{bits}_deit_{size}_patch16_224' for bits in BITS for size in SIZES}:
+        raise UserError(f'--model {name} is unknown: choose as fourbits_deit_small_patch16_224')
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    calibrate(model, torch.randn(2, 3, 224, 224), uneven_rule)
+    return OpenedNetwork(ModelInfo(name), model.eval(), {})
+
+
+# --- the processes that take turns ------------------------------------------------------------------------------------
 
 
 class _Failed(Exception):
@@ -69,12 +135,15 @@ class _Worker:
     """A contender's process."""
 
     def __init__(self, spec: Spec, errors: Path) -> None:
-        threads = {f'{library}_NUM_THREADS': str(spec['threads']) for library in ('OMP', 'MKL', 'OPENBLAS')}
+        threads = {f'{library}_NUM_THREADS': str(spec.threads) for library in ('OMP', 'MKL', 'OPENBLAS')}
+        # It finds the modules that this process finds, and this repository's first: it starts in the repository, so
+        # that a folder of the same name beside the user's files does not come before.
+        paths = {'PYTHONPATH': os.pathsep.join(map(os.path.abspath, [ROOT, *filter(None, sys.path)]))}
         self._errors = errors
         with errors.open('w') as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, deploy_contenders.__file__, json.dumps(spec)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | threads)
+                [sys.executable, '-m', 'benchmarks.contenders', json.dumps(spec._asdict())], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | threads | paths, cwd=ROOT)
         try:
             self.state = self._read()
         except _Failed:
@@ -92,6 +161,7 @@ class _Worker:
         return message
 
     def run(self, count: int, runs: int) -> dict[str, Any]:
+        """Lets it do one untimed forward of `count` images and `runs` timed ones."""
         try:
             print(json.dumps([count, runs]), file=self._process.stdin, flush=True)
         except BrokenPipeError:
@@ -104,7 +174,7 @@ class _Worker:
         self._process.wait()
 
 
-def prepare(model: QVisionTransformer, about: dict[str, Any], full: nn.Module, terms: int, folder: Path,
+def prepare(model: QVisionTransformer, info: ModelInfo, full: nn.Module, terms: int, folder: Path,
             ) -> dict[str, Path | _Failed]:
     """Writes the files that the contenders load: their paths by key, or why there is none."""
     def export(network: nn.Module, path: Path) -> None:
@@ -124,14 +194,14 @@ def prepare(model: QVisionTransformer, about: dict[str, Any], full: nn.Module, t
             logging.disable(logging.NOTSET)
 
     files: dict[str, Path | _Failed] = {}
-    for key, name, write in (
-            ('packed', 'network.qvit.safetensors', lambda path: write_packed(model, about, path)),
+    for key, name, write_file in (
+            ('packed', 'network.qvit.safetensors', lambda path: write_packed(model, info, path)),
             ('float32', 'float32.safetensors', lambda path: safetensors.torch.save_file(full.state_dict(), path)),
             ('onnx_float32', 'float32.onnx', partial(export, full)),
             ('onnx_int8', 'int8.onnx', lambda path: export(IntegerViT(model, terms), path)),
             ('onnx_dynamic', 'dynamic.onnx', quantize)):
         try:
-            write(folder / name)
+            write_file(folder / name)
             files[key] = folder / name
         except _Failed as error:
             files[key] = error
@@ -142,39 +212,81 @@ def prepare(model: QVisionTransformer, about: dict[str, Any], full: nn.Module, t
 
 def measure(spec: Spec, files: dict[str, Path | _Failed], wanted: Sequence[str], runs: int, folder: Path,
             ) -> list[dict[str, Any]]:
-    """A row of results for each contender wanted."""
+    """Starts the wanted contenders and times them: a row of results for each."""
     rows, workers = [], {}
     for name in wanted:
-        row = {'contender': name, 'label': CONTENDERS[name].label, 'ms': {count: [] for count in spec['batch_sizes']}}
+        row = {'contender': name, 'label': CONTENDERS[name].label, 'ms': {count: [] for count in spec.batch_sizes}}
         rows.append(row)
         file = files[CONTENDERS[name].file]
         print(f'starting: {row["label"]}', flush=True)
         try:
             if isinstance(file, _Failed):
                 raise file
-            workers[name] = _Worker(spec | {'contender': name, 'file': str(file)}, folder / f'{name}.txt')
+            workers[name] = _Worker(spec._replace(contender=name, file=str(file)), folder / f'{name}.txt')
             row |= workers[name].state
             # A network of bfloat16 weights has a file of half the size.
             row['file_bytes'] = file.stat().st_size // (2 if row['note'].startswith('.bfloat16()') else 1)
         except _Failed as error:
             row['error'] = str(error)
-    for count in spec['batch_sizes']:
-        for turn in range(math.ceil(runs / TURN)):
-            for row in rows[turn % len(rows):] + rows[:turn % len(rows)]:
-                if 'error' in row:
-                    continue
-                time.sleep(PAUSE)
-                try:
-                    result = workers[row['contender']].run(count, min(TURN, runs - turn * TURN))
-                except _Failed as error:
-                    row['error'] = str(error)
-                    continue
-                row['ms'][count] += [1e3 * seconds for seconds in result.pop('seconds')]
-                row |= result
+    for count in spec.batch_sizes:
+        _take_turns(rows, workers, count, runs)
         print(f'done: batches of {count}', flush=True)
     for worker in workers.values():
         worker.end()
     return rows
+
+
+def _take_turns(rows: list[dict[str, Any]], workers: dict[str, _Worker], count: int, runs: int) -> None:
+    """Times `runs` forwards of `count` images of every contender that runs, and writes them into its row."""
+    for turn in range(math.ceil(runs / TURN)):
+        for row in rows[turn % len(rows):] + rows[:turn % len(rows)]:
+            if 'error' in row:
+                continue
+            time.sleep(PAUSE)
+            try:
+                result = workers[row['contender']].run(count, min(TURN, runs - turn * TURN))
+            except _Failed as error:
+                row['error'] = str(error)
+                continue
+            row['ms'][count] += [1e3 * seconds for seconds in result.pop('seconds')]
+            row |= result
+
+
+def add_differences(rows: list[dict[str, Any]], full: nn.Module, images: np.ndarray) -> None:
+    """Writes into each full-precision row how far its logits are from those in float32, relative to the largest.
+
+    A fast network that computes something else would show. (A low-bit network has no such measure: a rounding
+    difference flips a code, and the flips spread. Its tests compare in float64.)
+    """
+    with torch.inference_mode():
+        reference = full(torch.from_numpy(images))
+    for row in rows:
+        logits = row.pop('logits', None)
+        if logits is not None and CONTENDERS[row['contender']].file not in ('packed', 'onnx_int8'):
+            row['difference'] = ((torch.tensor(logits) - reference).abs().max() / reference.abs().max()).item()
+
+
+def measure_network(info: ModelInfo, model: QVisionTransformer, source: str, conditions: Conditions) -> dict[str, Any]:
+    """Measures the contenders, and returns what was measured on what, with the `rows` of results.
+
+    Args:
+        source: where the network's weights come from, for the report.
+    """
+    torch.set_num_threads(conditions.threads)
+    own = {field.name for field in fields(QuantConfig)}
+    spec = Spec(conditions.threads, conditions.device, conditions.batch_sizes, info.input_size, info.num_classes,
+                TERMS[conditions.arithmetic], f'deit_{info.model.split("_")[2]}_distilled_patch16_224',
+                {key: value for key, value in info.kwargs.items() if key not in own})
+    full = timm.create_model(spec.full_model, img_size=spec.input_size, num_classes=spec.num_classes,
+                             **spec.full_kwargs).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        files = prepare(model, info, full, spec.terms, Path(folder))
+        rows = measure(spec, files, conditions.wanted, conditions.runs, Path(folder))
+    add_differences(rows, full, random_images(1, spec))
+    return {'network': f'{info.model}, {source}, {conditions.arithmetic}',
+            'full precision': f'{spec.full_model}, random weights', 'hardware': hardware(conditions.device),
+            'threads': conditions.threads, 'versions': versions(),
+            'runs': f'{conditions.runs} forwards of each batch size in turns of {TURN}', 'rows': rows}
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -223,88 +335,20 @@ def table(rows: list[dict[str, Any]], batch_sizes: Sequence[int]) -> str:
     return '\n'.join([*lines, '', *notes])
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(add: Callable[..., argparse.Action]) -> None:
-    add('file', nargs='?', metavar='FILE', help='packed file, or a checkpoint')
-    add('--model', default='fourbits_deit_small_patch16_224', metavar='NAME',
-        help='without FILE: the network, one of {twobits,threebits,fourbits}_deit_{tiny,small,base}_patch16_224 '
-             '(default: %(default)s)')
-    add('--arithmetic', default='int8', choices=('int8', 'int8x2'), help='of the integers (default: %(default)s)')
-    add('--batch-sizes', nargs='+', type=int, default=[1, 8, 32], metavar='N', help='(default: 1 8 32)')
-    add('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of every contender '
-                                                                                  '(here: %(default)s)')
-    add('--device', default='cpu', choices=('cpu', 'cuda'), help='cuda: those that run there (default: %(default)s)')
-    add('--runs', type=int, default=20, metavar='R', help='timed forwards of each contender and batch size '
-                                                          '(default: %(default)s)')
-    add('--contenders', nargs='+', choices=CONTENDERS, default=list(CONTENDERS), metavar='NAME',
-        help=f'only these, of {", ".join(CONTENDERS)}')
-    add('--markdown', type=Path, metavar='FILE', help='also write the table there')
-    add('--json', type=Path, metavar='FILE', help='also write all results there, with the time of every forward')
-
-
-def uneven_rule(x: Tensor, qn: int, qp: int) -> tuple[Tensor, Tensor]:
-    """The published first-batch rule for each channel by itself, as training makes them: no two steps are alike."""
-    step = 2 * x.abs().mean(1) / qp ** 0.5
-    return step, 0.1 * (x.amin(1) - step * qn)
-
-
-def random_network(name: str) -> tuple[dict[str, Any], QVisionTransformer]:
-    """A variant with random weights, calibrated on noise, and its description."""
-    if name not in {f'{bits}_deit_{size}_patch16_224' for bits in BITS for size in SIZES}:
-        raise UserError(f'--model {name} is unknown: choose as fourbits_deit_small_patch16_224')
-    torch.manual_seed(0)
-    model = timm.create_model(name)
-    calibrate(model, torch.randn(2, 3, 224, 224), uneven_rule)
-    return model_info(name, {}, 1000, 224), model.eval()
-
-
-def add_differences(rows: list[dict[str, Any]], full: nn.Module, images: np.ndarray) -> None:
-    """Of the logits of each full-precision row the largest difference to those in float32, relative to the largest of
-    these: a fast network that computes something else would show. (A low-bit network has no such measure: a rounding
-    difference flips a code, and the flips spread. Its tests compare in float64.)"""
-    with torch.inference_mode():
-        reference = full(torch.from_numpy(images))
-    for row in rows:
-        logits = row.pop('logits', None)
-        if logits is not None and CONTENDERS[row['contender']].file not in ('packed', 'onnx_int8'):
-            row['difference'] = ((torch.tensor(logits) - reference).abs().max() / reference.abs().max()).item()
-
-
-def run(args: Namespace, about: dict[str, Any] | None, model: QVisionTransformer | None) -> None:
-    """Measures, and prints and writes the table; of a random network where `model` is None."""
-    if min(args.threads, args.runs, *args.batch_sizes) < 1:
-        raise UserError('--batch-sizes, --threads and --runs: choose values of at least 1')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda: PyTorch finds no GPU here')
-    for path in (args.markdown, args.json):
+def check_folders(*paths: Path | None) -> None:
+    """Refuses files to write whose folders do not exist, before anything is measured."""
+    for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f'{path} cannot be written: there is no folder {path.parent}')
-    what = 'random weights' if model is None else args.file
-    torch.set_num_threads(args.threads)
-    if model is None:
-        about, model = random_network(args.model)
-    own = {field.name for field in fields(QuantConfig)}
-    terms = 2 if args.arithmetic == 'int8x2' else 1
-    full_model = f'deit_{about["model"].split("_")[2]}_distilled_patch16_224'
-    spec = {'terms': terms, 'threads': args.threads, 'device': args.device, 'batch_sizes': args.batch_sizes,
-            'input_size': about['input_size'], 'num_classes': about['num_classes'], 'full_model': full_model,
-            'full_kwargs': {key: value for key, value in about['kwargs'].items() if key not in own}}
-    full = timm.create_model(full_model, img_size=spec['input_size'], num_classes=spec['num_classes'],
-                             **spec['full_kwargs']).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        files = prepare(model, about, full, terms, Path(folder))
-        wanted = [name for name in args.contenders if args.device == 'cpu' or name not in ON_CPU_ONLY]
-        rows = measure(spec, files, wanted, args.runs, Path(folder))
-    add_differences(rows, full, random_images(1, spec))
-    results = {'network': f'{about["model"]}, {what}, {args.arithmetic}',
-               'full precision': f'{full_model}, random weights', 'hardware': hardware(args.device),
-               'threads': args.threads, 'versions': versions(),
-               'runs': f'{args.runs} forwards of each batch size in turns of {TURN}'}
-    text = '\n'.join([*(f'- {key}: {value}' for key, value in results.items()), '', table(rows, args.batch_sizes)])
+
+
+def write(found: dict[str, Any], batch_sizes: Sequence[int], markdown: Path | None = None,
+          json_file: Path | None = None) -> None:
+    """Prints what `measure_network` found, and writes it to the files that are given."""
+    text = '\n'.join([*(f'- {key}: {value}' for key, value in found.items() if key != 'rows'), '',
+                      table(found['rows'], batch_sizes)])
     print(f'\n{text}')
-    if args.markdown:
-        args.markdown.write_text(f'{text}\n')
-    if args.json:
-        args.json.write_text(json.dumps(results | {'rows': rows}, indent=2) + '\n')
+    if markdown:
+        markdown.write_text(f'{text}\n')
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=2) + '\n')

@@ -1,45 +1,70 @@
 """Integer inference: a quantized network whose linear layers and attention multiply integer codes.
 
-Every activation quantizer becomes `Quantizer`: unsigned codes u = round(clamp(s x + t, 0, levels)), with s = 1 / alpha
-and t = z - qn folded into the LayerNorm, softmax or scaling before it. With x_hat = (u - (z - qn)) alpha, a linear
-layer
+Every activation quantizer becomes a `Quantizer` with unsigned codes u = round(clamp(x / alpha + t, 0, levels)), where
+t = z - qn is the code of 0, and levels = qp - qn. The LayerNorm, softmax or scaling before it is folded into its factor
+and its shift. With x_hat = (u - t) alpha, a linear layer computes
 
-    y_n = sum_k x_hat_k w_hat_nk + b_n = sum_k u_k alpha_k w_hat_nk + (b_n - sum_k (z_k - qn) alpha_k w_hat_nk)
+    y_n = sum_k x_hat_k w_hat_nk + b_n = sum_k u_k alpha_k w_hat_nk + (b_n - sum_k t_k alpha_k w_hat_nk)
 
-is a product of u with integers where alpha does not depend on k (`act_granularity='tensor'`): then it is exact. Steps
-per input channel cannot leave the sum: they are folded into the weight, and alpha_k w_hat_nk is quantized again, at 8
-bits per output channel (`terms=1`) or as the sum of two 8-bit terms (`terms=2`, near 16 bits). Quantizing it again errs
-by the same in u and in its zero point, so a value of x_hat = 0 adds no error.
+This is a product of u with integers where alpha does not depend on k (`act_granularity='tensor'`), and then it is
+exact. Scales per input channel cannot leave the sum. They are folded into the weight, and alpha_k w_hat_nk is quantized
+again: at 8 bits per output channel (`terms=1`), or as the sum of two 8-bit terms (`terms=2`, near 16 bits). The new
+rounding error multiplies u - t, so an input of 0 adds no error.
 
-Everything here is plain torch, on any device, in float64 exact up to the order of summation; `native.py` runs the same
-network in fused kernels on a CPU.
+Everything here is plain torch and runs on any device. In float64 it is exact up to the order of summation. `native.py`
+runs the same network in fused kernels on a CPU.
 """
 from __future__ import annotations
 
 import copy
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from _quan_base import ActQ, Conv2dQ, LinearQ, is_calibrated, min_scale
+from _quan_base import ActQ, Conv2dQ, LinearQ, is_calibrated
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError
 
-__all__ = ['IntAttention', 'IntBlock', 'IntLinear', 'IntegerViT', 'Quantizer', 'fold_weight', 'int_product']
+__all__ = ['IntAttention', 'IntBlock', 'IntLinear', 'IntegerViT', 'Quantizer', 'UnsignedCodes', 'fold_weight',
+           'int_product']
 
-WEIGHT_LIMIT = 127  # of the codes of a weight quantized again
+WEIGHT_LIMIT = 127  # largest code of a weight that is quantized again
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+class UnsignedCodes(NamedTuple):
+    """What the codes u in [0, levels] of an activation mean: x_hat = (u - zero) scale.
+
+    Attributes:
+        scale: float64 (channels,).
+        zero: z - qn, the code of 0, whole numbers in float64 (channels,). It may lie outside [0, levels].
+        levels: largest code, 2^bits - 1.
+    """
+    scale: Tensor
+    zero: Tensor
+    levels: int
+
+    @classmethod
+    def of(cls, act: ActQ, channels: int) -> UnsignedCodes:
+        """Those of a quantizer, with an entry for each of its channels also where they all share one."""
+        qn, qp = act.code_range
+        scale, zero = act.scale.double(), act.whole_zero_point.double() - qn
+        return cls(scale.expand(channels), zero.expand(channels), qp - qn)
 
 
 class Quantizer(nn.Module):
     """An activation quantizer: x -> u = round(clamp(scale x + shift, 0, levels)), uint8.
 
     Attributes:
-        scale, shift: 1 / alpha and z - qn, shaped to broadcast against x.
-        levels: 2^bits - 1.
+        scale, shift: 1 / alpha and z - qn, shaped to broadcast against x; with the affine part of a norm before it.
+        levels: largest code, 2^bits - 1.
     """
     scale: Tensor
     shift: Tensor
@@ -52,21 +77,20 @@ class Quantizer(nn.Module):
 
     @classmethod
     def of(cls, act: ActQ, channels: int, norm: nn.Module | None = None) -> Quantizer:
-        """That of `act` with one entry per channel, after the affine part of `norm`, whose rest is `F.layer_norm`."""
-        step, zero, qn, qp = effective(act, channels)
-        scale, shift = 1 / step, zero - qn
-        if norm is not None:
-            scale, shift = norm.weight.detach().double() * scale, norm.bias.detach().double() * scale + shift
-        return cls(scale, shift, qp - qn)
+        """Makes the quantizer of `act` for x of (..., channels).
+
+        Args:
+            norm: the LayerNorm before it, whose affine part it takes over; x is then the output of `F.layer_norm`.
+        """
+        scale, zero, levels = UnsignedCodes.of(act, channels)
+        return cls(*_after(norm, 1 / scale, zero), levels)
 
     @classmethod
     def of_heads(cls, act: ActQ, heads: int, norm: nn.Module | None = None) -> Quantizer:
-        """That of q, k, v or attention (B, heads, N, d): (heads, 1, 1), or (heads, 1, d) after a norm over d."""
-        step, zero, qn, qp = effective(act, heads)
-        scale, shift = (1 / step).view(-1, 1, 1), (zero - qn).view(-1, 1, 1)
-        if isinstance(norm, nn.LayerNorm):
-            scale, shift = norm.weight.detach().double() * scale, norm.bias.detach().double() * scale + shift
-        return cls(scale, shift, qp - qn)
+        """Makes the quantizer of q, k, v or attention, x of (B, heads, N, d); `norm` is over d, as in `of`."""
+        scale, zero, levels = UnsignedCodes.of(act, heads)
+        scale, zero = scale.view(-1, 1, 1), zero.view(-1, 1, 1)
+        return cls(*_after(norm, 1 / scale, zero), levels)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, x, self.scale).clamp_(0, self.levels).round_().to(torch.uint8)
@@ -75,14 +99,18 @@ class Quantizer(nn.Module):
         return f'levels={self.levels}, scales={self.scale.numel()}'
 
 
-def effective(act: ActQ, channels: int) -> tuple[Tensor, Tensor, int, int]:
-    """(alpha, z rounded, qn, qp) in use, float64, each of `channels` entries."""
-    step = act.alpha.detach().clamp_min(min_scale(act.alpha.dtype)).double()
-    return step.expand(channels), act.zero_point.detach().round().double().expand(channels), *act.code_range
+def _after(norm: nn.Module | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes the affine part of a LayerNorm into the factor and the shift that follow it; without IRM there is none."""
+    if norm is None or isinstance(norm, nn.Identity):
+        return scale, shift
+    return norm.weight.detach().double() * scale, norm.bias.detach().double() * scale + shift
+
+
+# --- linear layers ----------------------------------------------------------------------------------------------------
 
 
 def fold_weight(weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
-    """Integers R_t and scales s_t with sum_t s_t R_t near `weight`.
+    """Approximates `weight` by sum_t s_t R_t, with integers R_t and scales s_t.
 
     Args:
         weight: (N, K), float64.
@@ -103,18 +131,24 @@ def fold_weight(weight: Tensor, terms: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _cpu_has_int8() -> bool:
-    """Whether torch._int_mm is exact here: without VNNI, x86 may add pairs of products in 16 bits, which overflow."""
+    """Whether torch._int_mm is exact here. Without VNNI, x86 may add pairs of products in 16 bits, which overflow."""
     largest = torch.full((32, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(largest, largest.mT) == 64 * 127 ** 2).all())
 
 
 def int_product(codes: Tensor, weight: Tensor, levels: int, dtype: torch.dtype, offset: Tensor | None = None) -> Tensor:
-    """sum_k codes_mk weight_nk - offset_n in integers: uint8 (M, K) up to `levels`, int8 (N, K), int32 (N,) -> (M, N).
+    """Computes sum_k codes_mk weight_nk - offset_n in integers, and returns it in `dtype`.
 
-    In int8 x int8 -> int32 where the device has it, else in float64, which holds every such sum exactly; then `dtype`.
+    The device's int8 x int8 -> int32 products compute it where it has them, and else float64, which holds every such
+    sum exactly.
+
+    Args:
+        codes: uint8 (M, K), up to `levels`.
+        weight: int8 (N, K).
+        offset: int32 (N,).
     """
     offset = 0 if offset is None else offset
-    if codes.is_cuda:  # what torch._int_mm asks of its shapes there
+    if codes.is_cuda:  # torch._int_mm asks this of its shapes there
         by_int8 = len(codes) > 16 and codes.shape[1] % 8 == 0 and len(weight) % 8 == 0
     else:
         by_int8 = _cpu_has_int8()
@@ -132,11 +166,11 @@ class IntLinear(nn.Module):
     Attributes:
         weight: int8 (terms, N, K).
         scale: (terms, N).
-        offset: int32 (terms, N), sum_k t_k weight_tnk with the zero points t = z - qn: taken off in integers, because
-            in float32 it would cost digits of the sum.
+        offset: int32 (terms, N), sum_k t_k weight_tnk, where t_k is the input code of 0. It is subtracted in integers,
+            because in float32 it would cost digits of the sum.
         bias: (N,).
         levels: largest input code.
-        exact: whether the weight is that of the fake-quantized layer, not quantized again.
+        exact: whether the weight is that of the fake-quantized layer, and not quantized again.
 
     Raises:
         UserError: zero points are too large for 32-bit sums.
@@ -148,21 +182,21 @@ class IntLinear(nn.Module):
 
     def __init__(self, layer: LinearQ | Conv2dQ, terms: int) -> None:
         super().__init__()
-        codes, alpha = layer.to_int().flatten(1).cpu(), layer.alpha.detach().double().cpu()
-        alpha = alpha.clamp_min(min_scale(layer.alpha.dtype))
+        codes, out_scale = layer.to_int().flatten(1).cpu(), layer.scale.double().cpu()
         channels, inputs = layer.weight.shape[1], codes.shape[1]
-        step, zero, qn, qp = (value.cpu().repeat_interleave(inputs // channels) if isinstance(value, Tensor) else value
-                              for value in effective(layer.act, channels))
-        self.exact, self.levels = bool((step == step[0]).all()) and layer.weight_bits <= 8, qp - qn
+        in_scale, zero, self.levels = UnsignedCodes.of(layer.act, channels)
+        in_scale, zero = (value.cpu().repeat_interleave(inputs // channels) for value in (in_scale, zero))
+        self.exact = bool((in_scale == in_scale[0]).all()) and layer.weight_bits <= 8
         if self.exact:
-            weight, scale = codes.to(torch.int8)[None], (alpha * step[0])[None]
+            weight, scale = codes.to(torch.int8)[None], (out_scale * in_scale[0])[None]
         else:
-            weight, scale = fold_weight(codes * step, terms)
-            scale = scale * alpha
-        offset = weight.double() @ (zero - qn)
+            weight, scale = fold_weight(codes * in_scale, terms)
+            scale = scale * out_scale
+        offset = weight.double() @ zero
         if offset.abs().max() + inputs * self.levels * WEIGHT_LIMIT >= 2 ** 31:
-            raise UserError(f'zero points up to {zero.abs().max():.0f} are too large for integer inference: evaluate '
-                            f'this network in floating point')
+            largest = layer.act.whole_zero_point.abs().max()
+            raise UserError(f'zero points up to {largest:.0f} are too large for integer inference: evaluate this '
+                            f'network in floating point')
         self.register_buffer('weight', weight)
         self.register_buffer('scale', scale)
         self.register_buffer('offset', offset.to(torch.int32))
@@ -186,11 +220,14 @@ class IntLinear(nn.Module):
         return f'{inputs}, {outputs}, terms={terms}, exact={self.exact}'
 
 
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
 class IntAttention(nn.Module):
     """Q-Attention on codes: uint8 (B, N, dim), the codes of the qkv input -> float (B, N, dim).
 
-    Scores and the product with v are sums of integers: (u_q - t_q)(u_k - t_k) over d needs only u_q u_k and a sum over
-    u_k, because what does not depend on the key leaves the softmax unchanged.
+    Scores and the product with v are sums of integers. Of (u_q - t_q)(u_k - t_k), summed over d, only u_q u_k and
+    t_q u_k are computed, because what does not depend on the key leaves the softmax unchanged.
     """
 
     def __init__(self, attn: QAttention, terms: int) -> None:
@@ -208,12 +245,10 @@ class IntAttention(nn.Module):
         self.k_quant = Quantizer.of_heads(attn.k_act, heads, attn.norm_k)
         self.v_quant = Quantizer.of_heads(attn.v_act, heads)
         self.attn_quant = Quantizer.of_heads(attn.attn_act, heads)
-        q_step, q_zero, k_step, k_zero, v_step, v_zero, a_step, a_zero = (
-            value.reshape(-1, 1, 1) for act in (attn.q_act, attn.k_act, attn.v_act, attn.attn_act)
-            for value in _offsets(act, heads))
-        for name, value in (('score_scale', q_step * k_step * attn.scale), ('q_zero', q_zero), ('v_zero', v_zero),
-                            ('attn_zero', a_zero), ('out_scale', a_step * v_step)):
-            self.register_buffer(name, value)
+        q, k, v, a = (UnsignedCodes.of(act, heads) for act in (attn.q_act, attn.k_act, attn.v_act, attn.attn_act))
+        for name, value in (('score_scale', q.scale * k.scale * attn.scale), ('q_zero', q.zero), ('v_zero', v.zero),
+                            ('attn_zero', a.zero), ('out_scale', a.scale * v.scale)):
+            self.register_buffer(name, value.reshape(-1, 1, 1))
 
     def forward(self, codes: Tensor) -> Tensor:
         qkv = self.qkv(codes).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -225,7 +260,7 @@ class IntAttention(nn.Module):
     def _on_codes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.rectified:
             q, k = (F.layer_norm(x, (self.head_dim,), eps=self.norm_eps) for x in (q, k))
-        # Integers, in a floating point type that holds their products exactly.
+        # The codes lie in a floating point type that holds sums of their products exactly.
         dtype, largest = q.dtype, self.q_quant.levels ** 2 * max(self.head_dim, v.shape[-2])
         exact = dtype if largest < 2 ** 24 else torch.float64
         q, k, v = (quant(x).to(exact) for quant, x in ((self.q_quant, q), (self.k_quant, k), (self.v_quant, v)))
@@ -235,14 +270,8 @@ class IntAttention(nn.Module):
         return ((product + v.shape[-2] * self.attn_zero * self.v_zero) * self.out_scale).to(dtype)
 
 
-def _offsets(act: ActQ, heads: int) -> tuple[Tensor, Tensor]:
-    """(alpha, z - qn) per head: x_hat = (u - (z - qn)) alpha."""
-    step, zero, qn, _ = effective(act, heads)
-    return step, zero - qn
-
-
 class IntBlock(nn.Module):
-    """Transformer block: float (B, N, dim) -> float (B, N, dim); the residual sums stay in floating point."""
+    """A transformer block: float (B, N, dim) -> float (B, N, dim). The residual sums stay in floating point."""
 
     def __init__(self, block: QBlock, terms: int) -> None:
         super().__init__()
@@ -266,8 +295,9 @@ class IntegerViT(nn.Module):
 
     Args:
         model: the fake-quantized network.
-        terms: 8-bit terms of a folded weight, 1 or 2, in the blocks; the patch embedding and the heads, a few per cent
-            of the work and 8-bit to begin with, always have 2. Layers with one step per tensor need 1 and are exact.
+        terms: 8-bit terms of a folded weight in the blocks, 1 or 2. The patch embedding and the heads always have 2:
+            they are a few per cent of the work, and their weights have 8 bits to begin with. Layers whose inputs have
+            one scale per tensor need 1 and are exact.
         dtype: of everything that is not an integer; float64 for comparisons.
 
     Raises:
@@ -287,8 +317,8 @@ class IntegerViT(nn.Module):
         self.patch_size, self.dim, self.norm_eps = proj.kernel_size, dim, model.norm.eps
         self.num_classes, self.input_size = model.num_classes, tuple(model.patch_embed.img_size)
         pixels = math.prod(self.patch_size)
-        step, zero, qn, qp = effective(proj.act, proj.in_channels)
-        self.patch_in = Quantizer((1 / step).repeat_interleave(pixels), (zero - qn).repeat_interleave(pixels), qp - qn)
+        scale, zero, levels = UnsignedCodes.of(proj.act, proj.in_channels)
+        self.patch_in = Quantizer((1 / scale).repeat_interleave(pixels), zero.repeat_interleave(pixels), levels)
         self.patch = IntLinear(proj, self.EDGE_TERMS)
         tokens = torch.cat([model.cls_token, model.dist_token], 1).detach()
         prefix, positions = tokens.shape[1], model.pos_embed.detach()

@@ -1,11 +1,14 @@
-"""Integer inference in fused C++ kernels on the CPU: compiles `integer_kernels.cpp` once, runs an `IntegerViT` in it.
+"""Integer inference in fused C++ kernels on the CPU: `NativeViT` runs an `IntegerViT` in them.
 
-Without a C++ compiler, `fastest` gives the network in plain torch instead.
+`integer_kernels.cpp`, with the headers beside it, is compiled on first use. Where there is no C++ compiler, `fastest`
+returns the network in plain torch instead.
 """
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +21,13 @@ from ops.cpp_library import NativeUnavailable, load
 __all__ = ['NativeUnavailable', 'NativeViT', 'fastest']
 
 SOURCE = Path(__file__).with_name('integer_kernels.cpp')
-FLAGS = ['-pthread', '-fopenmp-simd', '-ffp-contract=fast']
+# The cached library is named after the source and the flags: the headers' checksum among them has it made anew when one
+# of them changes.
+HEADERS = hashlib.sha256(b''.join(path.read_bytes() for path in sorted(SOURCE.parent.glob('integer_*.h')))).hexdigest()
+FLAGS = ['-pthread', '-fopenmp-simd', '-ffp-contract=fast', f'-DQVIT_HEADERS={HEADERS[:16]}']
 HEAD_WIDTH = 64
-LARGEST_ZERO = 1024  # of q, v and attention, whose products the kernels sum in 32 bits
+LARGEST_ZERO = 1024  # of q, v and attention: the kernels sum their products in 32 bits
+# The kinds of a block's parts: the kernels know each by its place in these tables.
 LINEARS = ('qkv', 'proj', 'fc1', 'fc2')
 QUANTIZERS = ('attn_in', 'q', 'k', 'v', 'attn', 'proj_in', 'fc1_in', 'fc2_in')
 VECTORS = ('score_scale', 'q_zero', 'v_zero', 'attn_zero', 'out_scale')
@@ -28,14 +35,14 @@ VECTORS = ('score_scale', 'q_zero', 'v_zero', 'attn_zero', 'out_scale')
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled kernels, from the cache or compiled now."""
+    """The compiled kernels, with the types of their functions."""
     library = load(SOURCE, FLAGS)
     integer, pointer = ctypes.c_int, ctypes.c_void_p
     for name, result, arguments in (
             ('instructions', ctypes.c_char_p, []), ('new', pointer, [pointer, pointer]), ('free', None, [pointer]),
-            ('linear', None, [pointer, *[integer] * 5, *[pointer] * 4]),
-            ('quantizer', None, [pointer, *[integer] * 4, pointer, pointer]),
-            ('vector', None, [pointer, *[integer] * 3, pointer]),
+            ('linear', integer, [pointer, *[integer] * 5, *[pointer] * 4]),
+            ('quantizer', integer, [pointer, *[integer] * 4, pointer, pointer]),
+            ('vector', integer, [pointer, *[integer] * 3, pointer]),
             ('forward', integer, [pointer, pointer, integer, integer, pointer])):
         function = getattr(library, f'qvit_{name}')
         function.restype, function.argtypes = result, arguments
@@ -56,24 +63,20 @@ class NativeViT:
     """
 
     def __init__(self, network: IntegerViT, threads: int | None = None) -> None:
-        attention = network.blocks[0].attn if len(network.blocks) else None
-        if attention is None or not attention.quantized or attention.head_dim != HEAD_WIDTH:
-            raise NativeUnavailable(f'the kernels are for quantized attention with heads {HEAD_WIDTH} wide')
-        if max(float(zeros.abs().max()) for block in network.blocks
-               for zeros in (block.attn.q_zero, block.attn.v_zero, block.attn.attn_zero)) > LARGEST_ZERO:
-            raise NativeUnavailable(f'the kernels are for zero points of attention up to {LARGEST_ZERO}')
+        _check_supported(network)
         self._library, self._handle = _library(), None
         self.threads, self.num_classes = threads or torch.get_num_threads(), network.num_classes
-        (height, width), (patch_h, patch_w) = network.input_size, network.patch_size
-        channels = network.patch.weight.shape[-1] // (patch_h * patch_w)
-        self.image_shape = channels, height, width
-        tokens, prefix = network.prefix.shape[1] + network.positions.shape[1], network.prefix.shape[1]
-        shape = torch.tensor([tokens, prefix, network.dim, len(network.blocks), attention.num_heads,
-                              network.blocks[0].fc1.weight.shape[1], network.num_classes, channels, height, width,
-                              patch_h, patch_w, attention.rectified], dtype=torch.int32)
-        block = network.blocks[0]
-        eps = torch.tensor([block.norm1_eps, block.norm2_eps, network.norm_eps, attention.norm_eps])
+        channels = network.patch.weight.shape[-1] // math.prod(network.patch_size)
+        self.image_shape = channels, *network.input_size
+        block, prefix = network.blocks[0], network.prefix.shape[1]
+        tokens, hidden = prefix + network.positions.shape[1], block.fc1.weight.shape[1]
+        shape = torch.tensor([tokens, prefix, network.dim, len(network.blocks), block.attn.num_heads, hidden,
+                              network.num_classes, *self.image_shape, *network.patch_size, block.attn.rectified],
+                             dtype=torch.int32)  # a Shape of the kernels
+        eps = torch.tensor([block.norm1_eps, block.norm2_eps, network.norm_eps, block.attn.norm_eps])  # their Epsilon
         self._handle = self._library.qvit_new(shape.data_ptr(), eps.data_ptr())
+        if not self._handle:
+            raise MemoryError('no memory for the network in the kernels')
         for kind, name in enumerate(('patch', 'head', 'head_dist')):
             self._linear(-1, kind, getattr(network, name))
             self._quantizer(-1, kind, getattr(network, f'{name}_in'))
@@ -84,7 +87,7 @@ class NativeViT:
 
     @property
     def instructions(self) -> str:
-        """What the products run on: 'AVX-512 VNNI', 'AVX-VNNI', 'AVX2', or 'portable' C++."""
+        """The instructions that compute the products: 'AVX-512 VNNI', 'AVX-VNNI', 'AVX2', or 'portable' C++."""
         return self._library.qvit_instructions().decode()
 
     def _block(self, index: int, block: IntBlock) -> None:
@@ -104,18 +107,18 @@ class NativeViT:
         terms, outputs, inputs = layer.weight.shape
         weight, offset = layer.weight.cpu().contiguous(), layer.offset.cpu().contiguous()
         scale, bias = _floats(layer.scale), _floats(layer.bias)
-        self._library.qvit_linear(self._handle, block, kind, inputs, outputs, terms, weight.data_ptr(),
-                                  scale.data_ptr(), offset.data_ptr(), bias.data_ptr())
+        _check(self._library.qvit_linear(self._handle, block, kind, inputs, outputs, terms, weight.data_ptr(),
+                                         scale.data_ptr(), offset.data_ptr(), bias.data_ptr()))
 
     def _quantizer(self, block: int, kind: int, quantizer: Quantizer, shape: tuple[int, ...] | None = None) -> None:
         scale, shift = (_floats(value if shape is None else value.expand(shape))
                         for value in (quantizer.scale, quantizer.shift))
-        self._library.qvit_quantizer(self._handle, block, kind, scale.numel(), quantizer.levels, scale.data_ptr(),
-                                     shift.data_ptr())
+        _check(self._library.qvit_quantizer(self._handle, block, kind, scale.numel(), quantizer.levels,
+                                            scale.data_ptr(), shift.data_ptr()))
 
     def _vector(self, block: int, kind: int, values: Tensor) -> None:
         values = _floats(values)
-        self._library.qvit_vector(self._handle, block, kind, values.numel(), values.data_ptr())
+        _check(self._library.qvit_vector(self._handle, block, kind, values.numel(), values.data_ptr()))
 
     def __call__(self, images: Tensor) -> Tensor:
         if tuple(images.shape[1:]) != self.image_shape:
@@ -132,12 +135,29 @@ class NativeViT:
             self._library.qvit_free(self._handle)
 
 
+def _check_supported(network: IntegerViT) -> None:
+    """Raises NativeUnavailable for a network that the kernels do not compute."""
+    attention = network.blocks[0].attn if len(network.blocks) else None
+    if attention is None or not attention.quantized or attention.head_dim != HEAD_WIDTH:
+        raise NativeUnavailable(f'the kernels are for quantized attention with heads {HEAD_WIDTH} wide')
+    if max(float(zeros.abs().max()) for block in network.blocks
+           for zeros in (block.attn.q_zero, block.attn.v_zero, block.attn.attn_zero)) > LARGEST_ZERO:
+        raise NativeUnavailable(f'the kernels are for zero points of attention up to {LARGEST_ZERO}')
+
+
+def _check(status: int) -> None:
+    """The kernels' functions return 0 unless they met an exception, which is only ever one of memory."""
+    if status:
+        raise MemoryError('no memory for the network in the kernels')
+
+
 def _floats(values: Tensor) -> Tensor:
     return values.detach().to('cpu', torch.float32).contiguous()
 
 
 def fastest(network: IntegerViT, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The network in native kernels on a CPU where they can be had, else itself, with a line that says why."""
+    """The network in native kernels where a CPU can have them, and else the network itself, with a line that says why.
+    """
     if network.positions.device.type != 'cpu':
         return network
     try:

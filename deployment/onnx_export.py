@@ -1,18 +1,16 @@
 """ONNX files of a quantized network, or of a full-precision DeiT, built node by node.
 
-The `int8` form is `integer.IntegerViT`: uint8 codes with scale 1, because steps and zero points are folded into the
-layer before and into the bias, times int8 codes with one scale per output channel. The `int4` form keeps the original
-weight codes, those of up to 4 bits as INT4: it is always exact, and where activation steps per channel do not leave the
-sum, its products are in floating point. See docs/onnx.md.
+The `int8` form computes as `integer.IntegerViT` does. It multiplies uint8 codes of scale 1, whose scales and zero
+points are folded into the layer before and into the bias, with int8 codes that have one scale per output channel. The
+`int4` form keeps the original weight codes, and stores those of up to 4 bits as INT4. It is always exact, but its
+products are in floating point where activations have a scale per channel, which cannot leave the sum. See docs/onnx.md.
 """
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +19,24 @@ from timm.layers import Mlp
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from deployment.integer import IntAttention, IntegerViT, IntLinear
+from checkpoints.networks import ModelInfo
+from deployment.integer import IntAttention, IntBlock, IntegerViT, IntLinear
 from quant_vision_transformer import QVisionTransformer
-from utils import UserError
+from utils import UserError, write_whole
 
 try:
     import onnx
     from onnx import TensorProto, helper
 
     from deployment.onnx_graph import ONE, ZERO, Affine, Codes, Graph, Linear, collapsed, normalized_codes, to_codes
-except ImportError:  # said by export_onnx
+except ImportError:  # export_onnx says so
     onnx = None
 
 __all__ = ['export_onnx']
 
 FORMAT_VERSION = 1
-MIN_OPSET = {'int8': 17, 'int4': 21}  # LayerNormalization; INT4
-IR_VERSION = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # the oldest that knows the opset, which old runtimes ask for
+MIN_OPSET = {'int8': 17, 'int4': 21}  # the first with LayerNormalization, and the first with INT4
+IR_VERSION = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}  # of each opset the oldest that knows it: old runtimes need that
 NEWEST_OPSET = max(IR_VERSION)
 
 
@@ -45,62 +44,73 @@ NEWEST_OPSET = max(IR_VERSION)
 
 
 def _embedded(g: Graph, images: str, patches: str, prefix: Tensor, positions: Tensor) -> str:
-    """(B, patches, dim) with position embeddings, behind the prefix tokens of every image."""
+    """Patches (B, patches, dim) with their position embeddings, behind the prefix tokens of every image."""
     size = g.op('Shape', images, start=0, end=1)
     shape = g.op('Concat', size, g.const(prefix.shape[1:], np.int64), axis=0)
     return g.op('Concat', g.op('Expand', g.const(prefix), shape), g.plus(patches, positions), axis=1)
 
 
 def _patches(g: Graph, images: str, input_size: Sequence[int], patch_size: Sequence[int]) -> str:
-    """(B, C, H, W) -> (B, patches, C h w)."""
+    """Cuts images into patches: (B, C, H, W) -> (B, patches, C h w)."""
     (h, w), (rows, columns) = patch_size, (size // patch for size, patch in zip(input_size, patch_size, strict=True))
     x = g.reshape(images, 0, 0, rows, h, columns, w)
     return g.reshape(g.transpose(x, 0, 2, 4, 1, 3, 5), 0, rows * columns, -1)
 
 
 def _heads(g: Graph, qkv: str, heads: int, head_dim: int) -> list[str]:
-    """(B, N, 3 dim) -> q, k, v of (B, N, heads, d)."""
+    """Splits the output of qkv: (B, N, 3 dim) -> q, k, v of (B, N, heads, d)."""
     parts = g.op('Split', qkv, g.const([heads * head_dim] * 3, np.int64), axis=-1, outputs=3)
     return [g.reshape(part, 0, 0, heads, head_dim) for part in parts]
 
 
 def _float_attention(g: Graph, q: str, k: str, v: str) -> str:
-    """q, k, v of (B, N, heads, d), q scaled -> (B, N, dim)."""
+    """Attention in floating point: q, k, v of (B, N, heads, d), with q scaled already -> (B, N, dim)."""
     scores = g.op('MatMul', g.transpose(q, 0, 2, 1, 3), g.transpose(k, 0, 2, 3, 1))
     x = g.op('MatMul', g.op('Softmax', scores, axis=-1), g.transpose(v, 0, 2, 1, 3))
     return g.reshape(g.transpose(x, 0, 2, 1, 3), 0, 0, -1)
 
 
 def _attention(g: Graph, attn: IntAttention, qkv: Linear, x: Codes) -> tuple[str, Tensor]:
-    """Q-Attention up to its projection: (B, N, dim), and what per-channel gain it is still to be multiplied with."""
-    heads, width = attn.num_heads, attn.head_dim
+    """Q-Attention up to its projection: (B, N, dim), which is still to be multiplied by the gain per channel."""
     if not attn.quantized:
         return _mixed_attention(g, attn, qkv, x), ONE
-    q_zero, v_zero, a_zero = (zero.double().cpu() for zero in (attn.q_zero, attn.v_zero, attn.attn_zero))
-    affines = [Affine.of(quant, zero).of_heads_last() for quant, zero in (
-        (attn.q_quant, q_zero), (attn.k_quant, ZERO.view(1, 1, 1)), (attn.v_quant, v_zero))]
-    gain, shift = torch.ones(3, heads, width).double(), torch.zeros(3, heads, width).double()
-    for i, affine in enumerate(affines):
-        if i == 2 or not attn.rectified:  # no LayerNorm in between: into the linear layer
-            gain[i], shift[i] = affine.scale, affine.shift - affine.zero
-            affines[i] = affine.applied()
-    q, k, v = _heads(g, qkv.affine(gain.flatten(), shift.flatten()).add(g, x), heads, width)
-    q, k = (normalized_codes(g, value, width, attn.norm_eps, affine, right=value is k) if attn.rectified else
-            to_codes(g, value, affine, right=value is k) for value, affine in zip((q, k), affines[:2], strict=True))
-    v = to_codes(g, v, affines[2], right=True).transposed(g, 0, 2, 1, 3)
-    q, k = q.transposed(g, 0, 2, 1, 3), k.transposed(g, 0, 2, 3, 1)
+    q, k, v = _attention_codes(g, attn, qkv, x)
     scale = collapsed(attn.score_scale.double().cpu())
     common = scale.item() if scale.numel() == 1 else 1.
     scores = g.op('MatMul', q.in_float(g, common), k.in_float(g))
     probabilities = g.op('Softmax', g.times(scores, scale / common), axis=-1)
-    codes = to_codes(g, probabilities, Affine.of(attn.attn_quant, a_zero))
+    codes = to_codes(g, probabilities, Affine.of(attn.attn_quant, attn.attn_zero.double().cpu()))
     x = g.op('MatMul', codes.in_float(g), v.in_float(g))
-    gain = attn.out_scale.double().cpu().flatten().repeat_interleave(width)
+    gain = attn.out_scale.double().cpu().flatten().repeat_interleave(attn.head_dim)
     return g.reshape(g.transpose(x, 0, 2, 1, 3), 0, 0, -1), gain
 
 
+def _attention_codes(g: Graph, attn: IntAttention, qkv: Linear, x: Codes) -> tuple[Codes, Codes, Codes]:
+    """The codes of q (B, heads, N, d), k (B, heads, d, N) and v (B, heads, N, d), each less its zero point.
+
+    k keeps its zero point: it adds the same to all scores of a query, which leaves the softmax unchanged.
+    """
+    heads, width = attn.num_heads, attn.head_dim
+    q_zero, v_zero = attn.q_zero.double().cpu(), attn.v_zero.double().cpu()
+    affines = [Affine.of(quant, zero).of_heads_last() for quant, zero in (
+        (attn.q_quant, q_zero), (attn.k_quant, ZERO.view(1, 1, 1)), (attn.v_quant, v_zero))]
+    gain, shift = torch.ones(3, heads, width).double(), torch.zeros(3, heads, width).double()
+    for i, affine in enumerate(affines):
+        if i == 2 or not attn.rectified:  # with no LayerNorm in between, the linear layer takes the scaling over
+            gain[i], shift[i] = affine.scale, affine.shift - affine.zero
+            affines[i] = affine.applied()
+    q, k, v = _heads(g, qkv.affine(gain.flatten(), shift.flatten()).add(g, x), heads, width)
+    if attn.rectified:
+        q = normalized_codes(g, q, width, attn.norm_eps, affines[0])
+        k = normalized_codes(g, k, width, attn.norm_eps, affines[1], right=True)
+    else:
+        q, k = to_codes(g, q, affines[0]), to_codes(g, k, affines[1], right=True)
+    v = to_codes(g, v, affines[2], right=True).transposed(g, 0, 2, 1, 3)
+    return q.transposed(g, 0, 2, 1, 3), k.transposed(g, 0, 2, 3, 1), v
+
+
 def _mixed_attention(g: Graph, attn: IntAttention, qkv: Linear, x: Codes) -> str:
-    """Attention in floating point behind a linear layer of codes: (B, N, dim)."""
+    """Attention in floating point, behind a linear layer of codes: (B, N, dim)."""
     heads, width = attn.num_heads, attn.head_dim
     gain = torch.ones(3, heads * width).double()
     gain[0] = 1. if attn.rectified else attn.scale
@@ -115,22 +125,18 @@ def _mixed_attention(g: Graph, attn: IntAttention, qkv: Linear, x: Codes) -> str
 
 
 def _quantized(g: Graph, net: IntegerViT, images: str, originals: dict[nn.Module, nn.Module]) -> str:
-    """The integer network: the name of its logits."""
+    """Adds the integer network, and returns the name of its logits.
+
+    Args:
+        originals: the fake-quantized layers of the integer ones whose original weight codes are to be kept.
+    """
     linear = {layer: Linear.of(layer, originals.get(layer)) for layer in net.modules() if isinstance(layer, IntLinear)}
     patches = _patches(g, images, net.input_size, net.patch_size)
     x = linear[net.patch].add(g, to_codes(g, patches, Affine.of(net.patch_in)))
     x = _embedded(g, images, x, net.prefix, net.positions)
     for i, block in enumerate(net.blocks):
         g.scope = f'blocks.{i}'
-        codes = normalized_codes(g, x, net.dim, block.norm1_eps, Affine.of(block.attn_in))
-        y, gain = _attention(g, block.attn, linear[block.attn.qkv], codes)
-        codes = to_codes(g, y, Affine.of(block.attn.proj_in, gain=gain))
-        x = g.op('Add', x, linear[block.attn.proj].add(g, codes))
-        codes = normalized_codes(g, x, net.dim, block.norm2_eps, Affine.of(block.fc1_in))
-        hidden, affine = g.gelu(linear[block.fc1].add(g, codes)), Affine.of(block.fc2_in)
-        if bool((10 * affine.scale + affine.shift < affine.levels).any()):  # else the codes saturate below 10
-            hidden = g.clip(hidden, torch.tensor(-10.), torch.tensor(10.))
-        x = g.op('Add', x, linear[block.fc2].add(g, to_codes(g, hidden, affine)))
+        x = _block(g, block, x, linear)
     g.scope, heads = 'head', []
     for token, (quant, head) in enumerate(((net.head_in, net.head), (net.head_dist_in, net.head_dist))):
         y = g.op('Slice', x, *(g.const([value], np.int64) for value in (token, token + 1, 1)))
@@ -139,8 +145,22 @@ def _quantized(g: Graph, net: IntegerViT, images: str, originals: dict[nn.Module
     return g.op('Squeeze', g.op('Add', *heads), g.const([1], np.int64), name='logits')
 
 
+def _block(g: Graph, block: IntBlock, x: str, linear: dict[nn.Module, Linear]) -> str:
+    """A transformer block: float (B, N, dim) -> float (B, N, dim)."""
+    attn = block.attn
+    codes = normalized_codes(g, x, block.dim, block.norm1_eps, Affine.of(block.attn_in))
+    y, gain = _attention(g, attn, linear[attn.qkv], codes)
+    codes = to_codes(g, y, Affine.of(attn.proj_in, gain=gain))
+    x = g.op('Add', x, linear[attn.proj].add(g, codes))
+    codes = normalized_codes(g, x, block.dim, block.norm2_eps, Affine.of(block.fc1_in))
+    hidden, affine = g.gelu(linear[block.fc1].add(g, codes)), Affine.of(block.fc2_in)
+    if bool((10 * affine.scale + affine.shift < affine.levels).any()):  # else all codes saturate below 10
+        hidden = g.clip(hidden, torch.tensor(-10.), torch.tensor(10.))
+    return g.op('Add', x, linear[block.fc2].add(g, to_codes(g, hidden, affine)))
+
+
 def _full_precision(g: Graph, model: VisionTransformer, images: str) -> str:
-    """A DeiT of timm: the name of its logits."""
+    """Adds a DeiT of timm, and returns the name of its logits."""
     def normalized(x: str, norm: nn.LayerNorm) -> str:
         return g.layer_norm(x, model.embed_dim, norm.eps, norm.weight.detach(), norm.bias.detach())
 
@@ -166,7 +186,7 @@ def _full_precision(g: Graph, model: VisionTransformer, images: str) -> str:
 
 
 def _originals(net: IntegerViT, model: QVisionTransformer) -> dict[nn.Module, nn.Module]:
-    """The fake-quantized layer that each integer one was made of."""
+    """By integer layer, the fake-quantized one that it was made of."""
     pairs = {net.patch: model.patch_embed.proj, net.head: model.head, net.head_dist: model.head_dist}
     for ours, theirs in zip(net.blocks, model.blocks, strict=True):
         pairs |= {ours.attn.qkv: theirs.attn.qkv, ours.attn.proj: theirs.attn.proj, ours.fc1: theirs.mlp.fc1,
@@ -176,16 +196,16 @@ def _originals(net: IntegerViT, model: QVisionTransformer) -> dict[nn.Module, nn
 
 def export_onnx(network: IntegerViT | VisionTransformer, path: str | Path, *, weights: str = 'int8',
                 quantized: QVisionTransformer | None = None, opset: int | None = None,
-                about: dict[str, Any] | None = None) -> None:
+                info: ModelInfo | None = None) -> None:
     """Writes `network` as an ONNX file: images float32 (batch, C, H, W), normalized -> logits float32 (batch, classes).
 
     Args:
         network: an integer network, or a full-precision DeiT of timm (float32 weights).
-        path: of the file, written whole or not at all.
+        path: of the file, which is written whole or not at all.
         weights: 'int8', or 'int4' for INT4 initializers of layers of up to 4 bits (needs `quantized`).
         quantized: the fake-quantized network that `network` was made of.
         opset: 17 to 21; by default the oldest that has what the file needs: 17, or 21 for 'int4'.
-        about: what is known of the network, as `checkpoints.description` gives it, for the metadata.
+        info: what the network is, for the file's metadata.
 
     Raises:
         UserError: onnx is not installed, an option does not fit, or the file cannot be written.
@@ -193,15 +213,7 @@ def export_onnx(network: IntegerViT | VisionTransformer, path: str | Path, *, we
     if onnx is None:
         raise UserError('ONNX files need the onnx package: pip install onnx onnxruntime')
     is_integer = isinstance(network, IntegerViT)
-    if weights not in ('int8', 'int4'):
-        raise UserError(f"ONNX weights '{weights}': choose int8 or int4")
-    if weights == 'int4' and not (is_integer and quantized is not None):
-        raise UserError('ONNX weights int4 need the fake-quantized network beside the integer one')
-    least = MIN_OPSET[weights]
-    opset = least if opset is None else opset
-    if not least <= opset <= NEWEST_OPSET:
-        raise UserError(f'ONNX opset {opset}: choose {least} to {NEWEST_OPSET}')
-    g = Graph(opset)
+    g = Graph(_checked_opset(opset, weights, is_integer and quantized is not None))
     if is_integer:
         size, channels = network.input_size, len(network.patch_in.scale) // math.prod(network.patch_size)
         _quantized(g, network, 'images', _originals(network, quantized) if weights == 'int4' else {})
@@ -213,29 +225,37 @@ def export_onnx(network: IntegerViT | VisionTransformer, path: str | Path, *, we
         g.nodes, 'q-vit', [helper.make_tensor_value_info('images', TensorProto.FLOAT, ['batch', channels, *size])],
         [helper.make_tensor_value_info('logits', TensorProto.FLOAT, ['batch', network.num_classes])],
         list(g.constants.values()))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', opset)], producer_name='q-vit',
-                              ir_version=IR_VERSION[opset])
-    helper.set_model_props(model, _metadata(network, weights if is_integer else 'float32', quantized, about or {}))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', g.opset)], producer_name='q-vit',
+                              ir_version=IR_VERSION[g.opset])
+    helper.set_model_props(model, _metadata(network, weights if is_integer else 'float32', quantized, info))
     onnx.checker.check_model(model, full_check=True)
-    path = Path(path)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        beside.write_bytes(model.SerializeToString())
-        os.replace(beside, path)
+        write_whole(path, lambda beside: beside.write_bytes(model.SerializeToString()))
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error})') from error
-    finally:
-        beside.unlink(missing_ok=True)
+
+
+def _checked_opset(opset: int | None, weights: str, has_codes: bool) -> int:
+    """The opset of the file. has_codes: whether the network's original weight codes are known."""
+    if weights not in MIN_OPSET:
+        raise UserError(f"ONNX weights '{weights}': choose int8 or int4")
+    if weights == 'int4' and not has_codes:
+        raise UserError('ONNX weights int4 need the fake-quantized network beside the integer one')
+    least = MIN_OPSET[weights]
+    opset = least if opset is None else opset
+    if not least <= opset <= NEWEST_OPSET:
+        raise UserError(f'ONNX opset {opset}: choose {least} to {NEWEST_OPSET}')
+    return opset
 
 
 def _check_full_precision(model: VisionTransformer) -> None:
-    """Refuses what timm's VisionTransformer can be and a DeiT is not."""
+    """Refuses the forms of timm's VisionTransformer that no DeiT has."""
     if isinstance(model, QVisionTransformer):
         raise UserError('a fake-quantized network is exported as the IntegerViT made of it')
     block = model.blocks[0]
     identities = ('norm_pre', 'fc_norm', 'patch_embed.norm',
                   *(f'blocks.0.{name}' for name in ('ls1', 'attn.q_norm', 'attn.norm', 'mlp.norm')))
-    modules = dict(model.named_modules())  # some of them only in newer timm
+    modules = dict(model.named_modules())  # older versions of timm lack some of them
     if not (all(isinstance(modules.get(name, nn.Identity()), nn.Identity) for name in identities)
             and model.num_prefix_tokens == (2 if hasattr(model, 'dist_token') else 1) and model.global_pool == 'token'
             and not model.no_embed_class and isinstance(model.norm, nn.LayerNorm) and isinstance(block.mlp, Mlp)
@@ -243,14 +263,14 @@ def _check_full_precision(model: VisionTransformer) -> None:
         raise UserError(f'{type(model).__name__}: only a DeiT (class token, LayerNorm, GELU, heads) can be exported')
 
 
-def _metadata(network: nn.Module, weights: str, quantized: nn.Module | None, about: dict[str, Any]) -> dict[str, str]:
-    """Model properties: strings."""
-    metadata = {'format_version': str(FORMAT_VERSION), 'weights': weights, 'model': about.get('model') or '?'}
+def _metadata(network: nn.Module, weights: str, quantized: nn.Module | None, info: ModelInfo | None) -> dict[str, str]:
+    """The properties of the ONNX model, all of them strings."""
+    metadata = {'format_version': str(FORMAT_VERSION), 'weights': weights, 'model': info.model if info else '?'}
     if isinstance(network, IntegerViT):
         metadata |= {'activation_bits': str((network.blocks[0].fc1.levels + 1).bit_length() - 1),
                      'exact': json.dumps(network.exact or weights == 'int4')}
     if quantized is not None:
         metadata['weight_bits'] = str(quantized.quant.weight_bits)
-    if about.get('classes'):
-        metadata['classes'] = json.dumps(about['classes'])
+    if info is not None and info.classes:
+        metadata['classes'] = json.dumps(info.classes)
     return metadata

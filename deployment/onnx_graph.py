@@ -1,7 +1,7 @@
 """Parts of ONNX graphs of quantized networks: nodes and constants, codes of activations, linear layers of codes.
 
-A product of codes is written as DequantizeLinear -> MatMul <- DequantizeLinear, which runtimes fuse into a product of
-integers: of uint8 codes with int8 ones, or with weight codes of one scale per output channel.
+A product of codes is written as DequantizeLinear -> MatMul <- DequantizeLinear. Runtimes fuse these nodes into a
+product of integers: of uint8 codes with int8 ones, or with weight codes that have one scale per output channel.
 """
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from _quan_base import Conv2dQ, LinearQ
-from deployment.integer import IntLinear, Quantizer, effective
-from ops.lsq import min_scale
+from deployment.integer import IntLinear, Quantizer, UnsignedCodes
 
 __all__ = ['ONE', 'ZERO', 'Affine', 'Codes', 'Graph', 'Linear', 'collapsed', 'normalized_codes', 'to_codes']
 
@@ -29,13 +28,13 @@ ONE, ZERO = torch.ones(1).double(), torch.zeros(1).double()
 
 
 class Graph:
-    """Nodes and constants of a graph under construction; values are names, which begin with `scope`."""
+    """The nodes and constants of a graph under construction. Values are names, which begin with `scope`."""
 
     def __init__(self, opset: int) -> None:
         self.opset, self.nodes, self.constants, self.scope, self._counts = opset, [], {}, '', Counter()
 
     def const(self, value: Any, dtype: Any = np.float32, bits: int | None = None) -> str:
-        """A constant, shared where it is small and equal; `bits=4` stores INT4."""
+        """Adds a constant, as INT4 with `bits=4`; small constants of equal value are stored once."""
         array = value.detach().double().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         array = np.ascontiguousarray(array.astype(dtype)).reshape(array.shape)
         name = self._name('constant')
@@ -51,7 +50,7 @@ class Graph:
         return self.constants[key].name
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, name: str | None = None, **attributes: Any) -> Any:
-        """Adds a node: its output, or the list of its outputs."""
+        """Adds a node, and returns the name of its output, or a list of them where there are several."""
         node = self._name(kind)
         names = [name or node] if outputs == 1 else [f'{node}_{i}' for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=node, **attributes))
@@ -73,7 +72,7 @@ class Graph:
                        axis=-1, epsilon=eps)
 
     def clip(self, x: str, low: Tensor, high: Tensor) -> str:
-        """Between bounds that broadcast against x, or are scalar."""
+        """Clips x to bounds that broadcast against it."""
         if low.numel() == high.numel() == 1:
             return self.op('Clip', x, self.const(low.reshape(())), self.const(high.reshape(())))
         return self.op('Min', self.op('Max', x, self.const(low)), self.const(high))
@@ -92,7 +91,10 @@ class Graph:
 
 
 class Affine(NamedTuple):
-    """Codes c = round(clamp(scale x + shift, 0, levels)) - zero; the tensors broadcast against x, zero is integers."""
+    """How x becomes codes c = round(clamp(scale x + shift, 0, levels)) - zero.
+
+    The tensors broadcast against x; `zero` holds whole numbers.
+    """
     scale: Tensor
     shift: Tensor
     levels: int
@@ -100,20 +102,23 @@ class Affine(NamedTuple):
 
     @classmethod
     def of(cls, quant: Quantizer, zero: Tensor = ZERO, gain: Tensor = ONE) -> Affine:
-        """That of a quantizer of gain x, less `zero`."""
+        """The codes that `quant` gives to `gain` x, less `zero`."""
         return cls(quant.scale.double().cpu() * gain, quant.shift.double().cpu(), quant.levels, zero)
 
     def of_heads_last(self) -> Affine:
-        """(H, 1, d) for x of (B, H, N, d) -> (H, d) for x of (B, N, H, d)."""
+        """For x of (B, N, H, d), where the tensors were (H, 1, d) for x of (B, H, N, d)."""
         return self._replace(scale=self.scale.squeeze(1), shift=self.shift.squeeze(1), zero=self.zero.squeeze(1))
 
     def applied(self) -> Affine:
-        """What is left where scale and shift - zero have been applied to x already."""
+        """What is left to do for an x that was multiplied by `scale` and shifted by `shift - zero` already."""
         return self._replace(scale=ONE, shift=self.zero)
 
 
 class Codes(NamedTuple):
-    """Codes of an activation, stored as c + zero in `dtype`; in floating point, zero = 0, where they do not fit."""
+    """The codes c of an activation: the value that holds c + zero in `dtype`.
+
+    Codes that do not fit in 8 bits stay in floating point: then `dtype` is None, and zero 0.
+    """
     value: str
     zero: int
     dtype: np.dtype | None
@@ -122,14 +127,14 @@ class Codes(NamedTuple):
         return self._replace(value=g.transpose(self.value, *axes))
 
     def in_float(self, g: Graph, scale: float = 1., less: int = 0) -> str:
-        """(c - less) scale, by the DequantizeLinear that a product is fused with."""
+        """(c - less) scale, computed by the DequantizeLinear that runtimes fuse with a product."""
         if self.dtype is None:
             return g.times(self.value, torch.tensor(scale))
         return g.op('DequantizeLinear', self.value, g.const(scale), g.const(self.zero + less, self.dtype))
 
 
 def collapsed(value: Tensor) -> Tensor:
-    """Without repetition: size 1 along every axis whose entries are equal, and without leading axes of size 1."""
+    """Drops repetitions: axes along which all entries are equal get size 1, and leading axes of size 1 go."""
     for axis in range(value.ndim):
         first = value.narrow(axis, 0, 1)
         value = first if bool((value == first).all()) else value
@@ -139,27 +144,38 @@ def collapsed(value: Tensor) -> Tensor:
 
 
 def to_codes(g: Graph, x: str, affine: Affine, right: bool = False) -> Codes:
-    """Codes of a float x. right: whether they are the right operand of a product, which is fastest in int8."""
-    scale, shift, zero = map(collapsed, (affine.scale, affine.shift - affine.zero, affine.zero))
+    """Adds the nodes that quantize a float x.
+
+    A value exactly between two codes may get the other one than in `IntegerViT`: ONNX rounds to the nearest even before
+    it adds a zero point, which makes a difference where that is odd.
+
+    Args:
+        right: whether the codes are the right operand of a product, which is fastest in int8.
+    """
+    factor, shift, zero = map(collapsed, (affine.scale, affine.shift - affine.zero, affine.zero))
     low, high = -zero, affine.levels - zero
     int8 = right and affine.levels <= 127 and low.min() >= -128 and high.max() <= 127
     dtype, bottom, top, offset = (INT8, -128, 127, 0) if int8 else (UINT8, 0, 255, max(0, -int(low.min())))
     fits = high.max() + offset <= top
-    step, position = ONE, ZERO
-    if fits and scale.numel() == shift.numel() == 1 and shift == shift.round() and bottom <= offset + shift <= top:
-        step, position = 1 / scale, shift  # as QuantizeLinear's scale and zero point
+    scale, position = ONE, ZERO  # the codes are round(x / scale + position)
+    if fits and factor.numel() == shift.numel() == 1 and shift == shift.round() and bottom <= offset + shift <= top:
+        scale, position = 1 / factor, shift  # these go into QuantizeLinear's own scale and zero point
     else:
-        x = g.plus(g.times(x, scale), shift)
-    if not (low.numel() == 1 and low + offset == bottom and high + offset == top):  # else it saturates there
-        x = g.clip(x, (low - position) * step, (high - position) * step)
+        x = g.plus(g.times(x, factor), shift)
+    saturates = low.numel() == 1 and low + offset == bottom and high + offset == top
+    if not saturates:  # QuantizeLinear does not clip where the range of codes ends
+        x = g.clip(x, (low - position) * scale, (high - position) * scale)
     if not fits:
         return Codes(g.op('Round', x), 0, None)
-    return Codes(g.op('QuantizeLinear', x, g.const(step.squeeze()), g.const((position + offset).squeeze(), dtype)),
-                  offset, dtype)
+    return Codes(g.op('QuantizeLinear', x, g.const(scale.squeeze()), g.const((position + offset).squeeze(), dtype)),
+                 offset, dtype)
 
 
 def normalized_codes(g: Graph, x: str, width: int, eps: float, affine: Affine, right: bool = False) -> Codes:
-    """Codes of the LayerNorm of x, whose affine part is in `affine`; part of the node where it is alike for heads."""
+    """Adds the nodes that normalize and quantize x, where `affine` includes the affine part of the LayerNorm.
+
+    That part goes into the node of the LayerNorm where all heads have the same.
+    """
     scale, shift = collapsed(affine.scale), collapsed(affine.shift - affine.zero)
     if scale.ndim == shift.ndim == 1:
         return to_codes(g, g.layer_norm(x, width, eps, scale, shift), affine.applied(), right)
@@ -170,16 +186,17 @@ def normalized_codes(g: Graph, x: str, width: int, eps: float, affine: Affine, r
 
 
 class Linear(NamedTuple):
-    """sum_t scale_t ((codes - less) weight_t^T) + bias; in full precision x weight^T + bias.
+    """A linear layer: sum_t scale_t ((codes - less) weight_t^T) + bias, or in full precision x weight^T + bias.
 
     Attributes:
-        weights: (N, K) each, codes or, where scales is None, floating point.
+        weights: (N, K) each: codes, or floating point where `scales` is None.
         scales: (N,) each.
         bias: (N,).
-        bits: in which weight codes are stored, 4 or 8.
-        wide: whether its input has codes above 127.
-        less: integer that is subtracted from codes first.
-        step: (K,), which the weights are multiplied with, in floating point; None where codes are multiplied.
+        bits: 4 or 8, in which the weight codes are stored.
+        wide: whether the input has codes above 127.
+        less: the integer that is subtracted from the input codes first.
+        input_scale: (K,), the input's scales, which the weights are multiplied with in floating point; None where the
+            product is one of integers.
     """
     weights: Sequence[Tensor]
     scales: Sequence[Tensor] | None
@@ -187,38 +204,42 @@ class Linear(NamedTuple):
     bits: int = 8
     wide: bool = False
     less: int = 0
-    step: Tensor | None = None
+    input_scale: Tensor | None = None
 
     @classmethod
     def of(cls, layer: IntLinear | nn.Linear | nn.Conv2d, original: LinearQ | Conv2dQ | None = None) -> Linear:
-        """That of an integer layer, with the weight codes of `original` where given, or of a full-precision one."""
+        """Describes an integer layer, or one of full precision.
+
+        Args:
+            original: the fake-quantized layer that `layer` was made of, where its own weight codes are to be kept.
+        """
         if not isinstance(layer, IntLinear):
             return cls([layer.weight.detach().flatten(1).double().cpu()], None, _bias(layer))
+        bits = 4 if original is not None and original.weight_bits <= 4 else 8
         if original is None or layer.exact:
-            bits = 4 if original is not None and original.weight_bits <= 4 else 8
             weight, scale, bias = layer.weight.cpu(), layer.scale.double().cpu(), layer.folded_bias.cpu()
             return cls(weight.unbind(), scale.unbind(), bias, bits, layer.levels > 127)._less_cancellation(layer)
-        codes, alpha = original.to_int().flatten(1).cpu(), original.alpha.detach().double().cpu()
-        alpha = alpha.clamp_min(min_scale(original.alpha.dtype))
+        codes, out_scale = original.to_int().flatten(1).cpu(), original.scale.double().cpu()
         channels = original.weight.shape[1]
-        step, zero, qn, _ = effective(original.act, channels)
-        step, zero = (value.cpu().repeat_interleave(codes.shape[1] // channels) for value in (step, zero))
-        bias = _bias(original) - alpha * (codes.double() @ (step * (zero - qn)))
-        return cls([codes], [alpha], bias, 4 if original.weight_bits <= 4 else 8, step=step)._less_cancellation(layer)
+        in_scale, zero = (value.cpu().repeat_interleave(codes.shape[1] // channels)
+                          for value in UnsignedCodes.of(original.act, channels)[:2])
+        bias = _bias(original) - out_scale * (codes.double() @ (in_scale * zero))
+        return cls([codes], [out_scale], bias, bits, input_scale=in_scale)._less_cancellation(layer)
 
     def _less_cancellation(self, layer: IntLinear) -> Linear:
-        """The same layer, with part of its bias as zero point of the codes.
+        """The same layer, with part of its bias turned into a zero point of the codes.
 
-        An integer can be taken from all codes in exchange for bias. The one that leaves the smallest bias, by least
-        squares, is their common zero point where they have one, and leaves float32 the most digits of the sum.
+        An integer can be taken from all codes in exchange for bias. The one chosen here leaves the smallest bias, by
+        least squares. It is the codes' common zero point where they have one, and leaves float32 the most digits of
+        the sum.
         """
-        ones = torch.ones(layer.weight.shape[-1]).double() if self.step is None else self.step
+        ones = torch.ones(layer.weight.shape[-1]).double() if self.input_scale is None else self.input_scale
         sums = sum((weight.double() @ ones * scale for weight, scale in zip(self.weights, self.scales, strict=True)))
         less = round((-(self.bias @ sums) / (sums @ sums).clamp_min(1e-300)).clamp(0, layer.levels).item())
         return self._replace(bias=self.bias + less * sums, less=less)
 
     def affine(self, gain: Tensor, shift: Tensor | float = 0.) -> Linear:
-        """Its output times `gain` plus `shift`, per output channel."""
+        """The layer whose output is that of this one times `gain` plus `shift`, per output channel."""
         if self.scales is None:
             weights, scales = [weight * gain.view(-1, 1) for weight in self.weights], None
         else:
@@ -226,30 +247,30 @@ class Linear(NamedTuple):
         return self._replace(weights=weights, scales=scales, bias=self.bias * gain + shift)
 
     def add(self, g: Graph, x: Codes | str) -> str:
-        """Adds the layer to the graph, of codes (..., K) or, in full precision, of floats: float (..., N)."""
+        """Adds the layer to the graph: codes (..., K), or floats in full precision -> float (..., N)."""
         x = x.in_float(g, less=self.less) if isinstance(x, Codes) else x
         products = [g.op('MatMul', x, self._matrix(g, t)) for t in range(len(self.weights))]
         out = products[0] if len(products) == 1 else g.op('Add', *products)
         return g.plus(out, self.bias)
 
     def _matrix(self, g: Graph, term: int) -> str:
-        """(K, N)."""
+        """Adds the weight of a term as a matrix of floats (K, N)."""
         weight = self.weights[term].mT
         if self.scales is None:
             return g.const(weight)
         scale = g.const(self.scales[term])
-        if self.wide and self.step is None:  # pairs of uint8 x int8 overflow where x86 adds them in 16 bits
+        if self.wide and self.input_scale is None:  # x86 may add pairs of uint8 x int8 in 16 bits, which overflow
             codes, zero = g.const(weight.int() + 128, UINT8), g.const(np.full(weight.shape[1], 128), UINT8)
             return g.op('DequantizeLinear', codes, scale, zero, axis=1)
         codes = g.const(weight, np.int8, self.bits)
-        if self.bits == 4 and self.step is None:  # runtimes multiply uint8 with int8, and fold this when loading
+        if self.bits == 4 and self.input_scale is None:  # runtimes multiply int8, and fold this Cast when loading
             codes = g.op('Cast', codes, to=TensorProto.INT8)
         matrix = g.op('DequantizeLinear', codes, scale, axis=1)
-        # The weight takes the step, not the activation: onnxruntime makes a MatMul with dequantized weights a
-        # MatMulNBits, which by default quantizes the activation once more.
-        return matrix if self.step is None else g.op('Mul', matrix, g.const(self.step[:, None]))
+        # The weight is multiplied by the input's scales, and not the activation: onnxruntime turns a MatMul with
+        # dequantized weights into a MatMulNBits, which by default quantizes the activation once more.
+        return matrix if self.input_scale is None else g.op('Mul', matrix, g.const(self.input_scale[:, None]))
 
 
 def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """(N,), float64."""
+    """The layer's bias, (N,), float64."""
     return torch.zeros(len(layer.weight)).double() if layer.bias is None else layer.bias.detach().double().cpu()

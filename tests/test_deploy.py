@@ -1,9 +1,7 @@
-"""deploy.py on a small network of digits: pack, inspect, eval, predict, onnx, bench; and what is refused."""
+"""deploy.py on a small network of digits: pack, inspect, eval, predict, onnx; and what is refused, by bench, too."""
 
 import json
 import re
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,27 +10,24 @@ import timm
 import torch
 from helpers import SHARED
 from PIL import Image
-from timm.data import ImageNetInfo
 
 import deploy
 import main
-from _quan_base import calibrate
-from benchmarks import inference as deploy_bench
-from benchmarks.contenders import CONTENDERS
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
-from checkpoints.networks import create_from_checkpoint, model_info
-from checkpoints.packed import read_packed
+from checkpoints.networks import ModelInfo, open_network
 from datasets import Digits, build_transform
+from deployment import packing
 from deployment.integer import IntegerViT
-from deployment.native import NativeUnavailable, NativeViT
+from deployment.predictor import TERMS
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 NAME = 'fourbits_deit_tiny_patch16_224'
 KWARGS = {'depth': 2, 'patch_size': 8, 'embed_dim': 128, 'num_heads': 2}
 DATA = SHARED / 'data'
 DEIT, PHOTOGRAPHS = DATA / 'deit_tiny_patch16_224-fp16.pth', DATA / 'imagenet-mini'
-TRANSFORM = build_transform(False, Namespace(data_set='DIGITS', input_size=32))
+TRANSFORM = build_transform(False, 32, 'DIGITS')
 BATCH = ('--num_workers', 0, '--batch-size', 100)
 
 
@@ -61,8 +56,8 @@ def folder(tmp_path_factory) -> Path:
     """checkpoint.pth, and checkpoint.qvit.safetensors of it."""
     path = tmp_path_factory.mktemp('deploy')
     torch.set_num_threads(1)
-    torch.save({'model': fitted().state_dict(), 'qvit': model_info(NAME, KWARGS, 10, 32, Digits.classes, 'DIGITS')},
-               path / 'checkpoint.pth')
+    info = ModelInfo(NAME, KWARGS, 10, 32, Digits.classes, 'DIGITS')
+    torch.save({'model': fitted().state_dict(), 'qvit': info.to_dict()}, path / 'checkpoint.pth')
     assert run('pack', path / 'checkpoint.pth') == 0
     return path
 
@@ -93,8 +88,8 @@ def test_pack_says_the_sizes(folder, tmp_path, capsys):
     assert sizes['embeddings'] == 4 * (18 + 2) * 128
     assert sizes['norms'] == 4 * 2 * (5 * 128 + 4 * 64)
     assert sizes['biases'] == 4 * (2 * (3 + 1 + 4 + 1) * 128 + 128 + 2 * 10)
-    # An output step each; inputs have a step and a zero point for a channel: those of the four layers, q, k, v and
-    # attention for a head, 3 colours, and the heads' 128.
+    # A scale for each output; a scale and a zero point for each channel of an input: those of the four layers, q, k, v
+    # and attention for a head, 3 colours, and the heads' 128.
     assert sizes['steps and zero points'] == 4 * (2 * 9 * 128 + 128 + 20 + 2 * (2 * (7 * 128 + 4 * 2) + 3 + 2 * 128))
 
 
@@ -106,12 +101,14 @@ def test_pack_of_a_released_file(tmp_path, capsys):
     path = tmp_path / 'released.pth'
     torch.save({'model': state, 'args': Namespace(lr=1.)}, path)
     assert run('pack', path) == 2
-    assert 'does not say which network it holds' in capsys.readouterr().err
+    assert 'does not say which network it holds: name it with --model' in capsys.readouterr().err
+    assert run('eval', path) == 2
+    assert 'name it with deploy.py pack --model NAME' in capsys.readouterr().err
     assert run('pack', path, '--model', 'fourbit_deit_tiny_patch16_224') == 2
     assert f'did you mean {NAME}' in capsys.readouterr().err
     assert run('pack', path, '--model', NAME) == 0
-    about = read_packed(tmp_path / 'released.qvit.safetensors').about
-    assert (about['model'], about['num_classes'], about['input_size']) == (NAME, 7, 48)
+    info = open_network(tmp_path / 'released.qvit.safetensors').info
+    assert (info.model, info.num_classes, info.input_size) == (NAME, 7, 48)
 
 
 def test_inspect(packed, capsys):
@@ -121,9 +118,9 @@ def test_inspect(packed, capsys):
     assert sum(row['bytes'] for row in found['tensors']) == found['bytes'] - found['parts']['header']
     assert sum(row['share'] for row in found['tensors']) == pytest.approx(1 - found['parts']['header'] / found['bytes'])
     assert all(found['parts'][part] == sum(row['bytes'] for row in found['tensors'] if row['part'] == part)
-               for part in set(deploy.PARTS) - {'header'})
+               for part in set(packing.PARTS) - {'header'})
     assert found['description']['classes'] == Digits.classes and found['description']['kwargs'] == KWARGS
-    model = read_packed(packed).network()
+    model = open_network(packed).model
     rows = {row['name']: row for row in found['tensors']}
     fc1 = model.blocks[1].mlp.fc1
     codes = fc1.to_int()
@@ -171,7 +168,7 @@ def test_eval_in_integers(arithmetic, folder, packed, capsys):
     ours, theirs = accuracies(said)
     assert theirs > 45 and abs(ours - theirs) < 5
     same = int(re.search(r'the same class for (\d+) of 355', said)[1])
-    network, model = IntegerViT(read_packed(packed).network(), deploy.TERMS[arithmetic]), read_packed(packed).network()
+    network, model = IntegerViT(open_network(packed).model, TERMS[arithmetic]), open_network(packed).model
     digits = Digits(False, TRANSFORM)
     labels = [torch.cat([net(torch.stack([digits[i][0] for i in range(start, min(start + 150, 355))])).argmax(1)
                          for start in range(0, 355, 150)]) for net in (network, model)]
@@ -181,10 +178,6 @@ def test_eval_in_integers(arithmetic, folder, packed, capsys):
 def test_eval_of_some_images(packed, capsys):
     assert run('eval', packed, '--limit', 7, '--backend', 'torch', *BATCH) == 0
     assert 'on the 7 test images' in capsys.readouterr().out
-    args = Namespace(file='f', data_set=None, data_path=None, limit=7, batch_size=4, num_workers=0, seed=0,
-                     device='cpu', pin_mem=False, dist_eval=False, eval_crop_ratio=0.875)
-    loader = deploy.build_data(args, read_packed(packed).about)
-    assert loader.dataset.indices == [0, 50, 101, 152, 202, 253, 304]  # floor(355 i / 7)
 
 
 def test_every_backend_predicts_alike(packed, capsys):
@@ -207,20 +200,10 @@ def test_predict(packed, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and [lines[0], lines[4]] == list(map(str, paths))
     with torch.no_grad():
-        logits = read_packed(packed).network()(torch.stack([digits[0][0], digits[200][0]]))
+        logits = open_network(packed).model(torch.stack([digits[0][0], digits[200][0]]))
     for row, said in zip(logits.softmax(1), (lines[1:4], lines[5:8]), strict=True):
         best = row.argsort(descending=True)[:3].tolist()
         assert [line.split() for line in said] == [[f'{100 * row[label]:.1f}', '%', str(label)] for label in best]
-
-
-def test_class_names():
-    info = ImageNetInfo()
-    named = deploy.class_names({'num_classes': 1000, 'classes': None})
-    assert named[0] == 'tench, Tinca tinca (n01440764)' and len(named) == 1000
-    assert named == deploy.class_names({'num_classes': 1000, 'classes': info.label_names()})
-    assert deploy.class_names({'num_classes': 2, 'classes': ['n01443537', 'mine']}) == [
-        'goldfish, Carassius auratus (n01443537)', 'mine']
-    assert deploy.class_names({'num_classes': 3, 'classes': None}) == ['class 0', 'class 1', 'class 2']
 
 
 def test_onnx(packed, tmp_path, capsys):
@@ -237,79 +220,6 @@ def test_onnx(packed, tmp_path, capsys):
     assert (tmp_path / 'four.onnx').stat().st_size < path.stat().st_size
 
 
-# --- bench ------------------------------------------------------------------------------------------------------------
-
-
-def test_bench(packed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'onnx_export', None)  # as where a package is missing
-    try:
-        name, note = 'native', NativeViT(IntegerViT(read_packed(packed).network())).instructions
-    except NativeUnavailable:
-        name, note = 'torch-int', ''
-    paths = tmp_path / 'table.md', tmp_path / 'results.json'
-    assert run('bench', packed, '--batch-sizes', 1, 3, '--runs', 6, '--threads', 1, '--contenders', name,
-               'ort-int8', '--markdown', paths[0], '--json', paths[1]) == 0
-    said, found = capsys.readouterr().out, json.loads(paths[1].read_text())
-    integer, onnx = found['rows']
-    assert [len(integer['ms'][count]) for count in ('1', '3')] == [6, 6] and min(integer['ms']['3']) > 0
-    assert integer['file_bytes'] == packed.stat().st_size and 'logits' not in integer
-    assert integer['note'].startswith(note) and 0 < integer['library_bytes'] <= integer['peak_bytes']
-    assert onnx['error'].startswith(('ModuleNotFoundError: ', 'ImportError: ')) and 'file_bytes' not in onnx
-    assert found['threads'] == 1 and 'torch' in found['versions']
-    table = paths[0].read_text()
-    assert table.strip() in said
-    assert table.count('\n| ') == 3 and re.search(r'ONNX Runtime int8 \(QDQ\): not measured, \w+Error: ', table)
-
-
-def test_bench_survives_a_contender_that_dies(packed, tmp_path, monkeypatch):
-    class Process:
-        def __init__(self, command, stdin, stdout, stderr, text, env):
-            assert {env[f'{name}_NUM_THREADS'] for name in ('OMP', 'MKL', 'OPENBLAS')} == {'2'}
-            code = 'import sys; print(sys.argv[1], flush=True); input(); sys.exit("dies of this")'
-            self.process = real([sys.executable, '-c', code, '{"note": ""}'], stdin=stdin, stdout=stdout, stderr=stderr,
-                                text=text)
-
-        def __getattr__(self, name):
-            return getattr(self.process, name)
-
-    real = subprocess.Popen
-    monkeypatch.setattr(subprocess, 'Popen', Process)
-    spec = {'batch_sizes': [1], 'threads': 2}
-    row, = deploy_bench.measure(spec, {'packed': packed}, ['torch-int'], 1, tmp_path)
-    assert row['error'] == 'its process ended with status 1: dies of this'
-
-
-def test_bench_table():
-    rows = [{'label': 'one', 'ms': {2: [10., 20., 40.]}, 'note': 'said', 'difference': 0.00123, 'library_bytes': 1e6,
-             'running_bytes': None, 'peak_bytes': 2.4e6, 'file_bytes': 3.14e6},
-            {'label': 'two', 'ms': {2: []}, 'error': 'no such thing'}]
-    assert deploy_bench.table(rows, [2]).splitlines() == [
-        '| | batch 2: images/s | batch 2: ms, median (p99) | memory (MB): libraries | running | peak | file (MB) |',
-        '|---|--:|--:|--:|--:|--:|--:|',
-        '| one | 100.0 | 20.0 (39.6) | 1 | - | 2 | 3.1 |',  # p99: 98 % of the way from the second to the third of 3
-        '| two | - | - | - | - | - | - |', '',
-        '- one: said; logits within 1.2e-03 of the largest', '- two: not measured, no such thing']
-
-
-def test_bench_measures_how_far_full_precision_is_off():
-    full = torch.nn.Flatten()  # its logits are the images
-    images = torch.tensor([[[1., -4.], [2., 0.]]])
-    rows = [{'contender': 'ort-dynamic', 'logits': [[1., -4.5, 2., 0.25]]}, {'contender': 'native', 'logits': [[9.]]},
-            {'contender': 'bf16', 'error': 'none'}]
-    deploy_bench.add_differences(rows, full, images.numpy())
-    assert rows == [{'contender': 'ort-dynamic', 'difference': 0.125}, {'contender': 'native'},
-                    {'contender': 'bf16', 'error': 'none'}]
-
-
-def test_random_networks_of_the_bench_have_uneven_steps():
-    x = torch.tensor([[1., -1.], [3., -5.]])
-    step, zero = deploy_bench.uneven_rule(x, -8, 7)
-    torch.testing.assert_close(step, torch.tensor([2 * 1 / 7 ** .5, 2 * 4 / 7 ** .5]))
-    torch.testing.assert_close(zero, 0.1 * (torch.tensor([-1., -5.]) + 8 * step))
-    assert {contender.file for contender in CONTENDERS.values()} == {
-        'packed', 'float32', 'onnx_float32', 'onnx_int8', 'onnx_dynamic'}
-
-
 # --- help and what is refused -----------------------------------------------------------------------------------------
 
 
@@ -319,10 +229,12 @@ def test_examples_of_the_help_are_right(command, capsys):
         run(*filter(None, [command]), '--help')
     said = capsys.readouterr().out
     examples = re.findall(r'^ +python deploy\.py ((?:\S+ ?)+)', said, re.MULTILINE)
-    assert left.value.code == 0 and len(examples) == 6 if command == '' else examples
-    for example in examples:
-        args = deploy.get_args_parser().parse_args(example.split())
-        assert command in ('', args.command)
+    assert left.value.code == 0
+    commands = [deploy.get_args_parser().parse_args(example.split()).command for example in examples]
+    if command == '':
+        assert commands == ['pack', 'inspect', 'eval', 'predict', 'onnx', 'bench']
+    else:
+        assert commands and set(commands) == {command}
 
 
 @pytest.mark.parametrize(('flags', 'line'), [
@@ -339,7 +251,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     ('inspect checkpoint.pth', 'checkpoint.pth: truncated or damaged, or not a safetensors file'),
     ('inspect cut.safetensors', 'cut.safetensors: truncated or damaged'),
     ('eval cut.safetensors', 'cut.safetensors: truncated or damaged'),
-    ('eval nowhere.safetensors', 'nowhere.safetensors: no such file'),
+    ('eval nowhere.safetensors', 'nowhere.safetensors: no such'),
     ('eval packed.safetensors --backend native --arithmetic float', '--backend native is for integers'),
     ('eval packed.safetensors --backend native --device cuda:7', '--device cuda:7 cannot be used'),
     ('predict text.pth --packed packed.safetensors --device teapot', '--device teapot cannot be used'),
@@ -367,8 +279,8 @@ def test_refused_in_one_line(flags, line, folder, packed, tmp_path, monkeypatch,
     (tmp_path / 'photographs' / 'val' / 'a').mkdir(parents=True)
     if 'teacher' in flags:
         teacher = timm.create_model('deit_tiny_patch16_224', num_classes=10, img_size=32, **KWARGS)
-        torch.save({'model': teacher.state_dict(), 'qvit': model_info('deit_tiny_patch16_224', KWARGS, 10, 32)},
-                   'teacher.pth')
+        info = ModelInfo('deit_tiny_patch16_224', KWARGS, 10, 32)
+        torch.save({'model': teacher.state_dict(), 'qvit': info.to_dict()}, 'teacher.pth')
     assert run(*flags.split()) == 2
     said = capsys.readouterr()
     assert said.err.startswith('error: ') and said.err.count('\n') == 1
@@ -381,7 +293,7 @@ def test_refused_in_one_line(flags, line, folder, packed, tmp_path, monkeypatch,
 @pytest.mark.skipif(not (DEIT.is_file() and PHOTOGRAPHS.is_dir()), reason='DeiT-Tiny or its photographs are missing')
 def test_a_calibrated_deit_on_photographs(tmp_path, capsys):
     """8 bits, so that the calibrated network is right without training."""
-    transform = build_transform(False, Namespace(data_set='IMNET', input_size=224))
+    transform = build_transform(False, 224)
     files = sorted((PHOTOGRAPHS / 'val').glob('*/*'))
     images = torch.stack([transform(Image.open(path).convert('RGB')) for path in files[::82]])
     kwargs = {'weight_bits': 8, 'act_bits': 8}
@@ -389,16 +301,17 @@ def test_a_calibrated_deit_on_photographs(tmp_path, capsys):
     load_full_precision(model, read_checkpoint(DEIT))
     calibrate(model, images)
     classes = sorted(path.name for path in (PHOTOGRAPHS / 'train').iterdir())
-    checkpoint = {'model': model.state_dict(), 'qvit': model_info(NAME, kwargs, 1000, 224, classes, 'IMNET')}
-    torch.save(checkpoint, tmp_path / 'checkpoint.pth')
+    info = ModelInfo(NAME, kwargs, 1000, 224, classes, 'IMNET')
+    torch.save({'model': model.state_dict(), 'qvit': info.to_dict()}, tmp_path / 'checkpoint.pth')
     assert run('pack', tmp_path / 'checkpoint.pth') == 0
     packed = tmp_path / 'checkpoint.qvit.safetensors'
-    assert run('eval', packed, '--data-path', PHOTOGRAPHS, '--limit', 12, '--arithmetic', 'int8x2', '--backend',
-               'torch', '--checkpoint', tmp_path / 'checkpoint.pth', *BATCH) == 0
+    assert run('eval', packed, '--data-path', PHOTOGRAPHS, '--limit', 12, '--arithmetic', 'int8x2', '--checkpoint',
+               tmp_path / 'checkpoint.pth', *BATCH) == 0
     said = capsys.readouterr().out
     assert min(accuracies(said)) >= 30 and int(re.search(r'the same class for (\d+) of 12', said)[1]) >= 10
     tench = next(path for path in files if path.parent.name == 'n01440764')
-    assert run('predict', tench, '--packed', packed, '--top', 1, '--backend', 'torch') == 0
+    capsys.readouterr()
+    assert run('predict', tench, '--packed', packed, '--top', 1) == 0
     with torch.no_grad():
-        label = create_from_checkpoint(checkpoint).eval()(transform(Image.open(tench).convert('RGB'))[None]).argmax()
+        label = model.eval()(transform(Image.open(tench).convert('RGB'))[None]).argmax()
     assert f'({classes[label]})' in capsys.readouterr().out

@@ -4,9 +4,11 @@ import pytest
 import timm
 import torch
 from helpers import SHARED
+from torchvision.datasets.folder import pil_loader
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import Conv2dQ, LinearQ, calibrate
+from _quan_base import Conv2dQ, LinearQ
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from datasets import build_transform
@@ -21,9 +23,9 @@ DEIT, PHOTOGRAPHS = DATA / 'deit_tiny_patch16_224-fp16.pth', DATA / 'imagenet-mi
 
 
 def uneven(x, qn, qp):
-    """Another step and zero point for every channel, a random way from the published rule's."""
-    step = 2 * x.abs().mean(1) / qp ** 0.5 * (0.7 + 0.6 * torch.rand(len(x), dtype=x.dtype))
-    return step, 0.5 * (x.amin(1) - step * qn)
+    """Another scale and zero point for every channel, a random way from the published rule's."""
+    scale = 2 * x.abs().mean(1) / qp ** 0.5 * (0.7 + 0.6 * torch.rand(len(x), dtype=x.dtype))
+    return scale, 0.5 * (x.amin(1) - scale * qn)
 
 
 def randomized(module):
@@ -116,7 +118,7 @@ def test_folded_weight_is_within_its_bound(terms):
 
 @pytest.mark.parametrize('bits', [2, 3, 4, 8])
 @pytest.mark.parametrize('kind', [LinearQ, Conv2dQ])
-def test_one_step_per_tensor_is_exact(bits, kind):
+def test_one_scale_per_tensor_is_exact(bits, kind):
     layer, x = linear(bits, weight_bits=bits, granularity='tensor', kind=kind)
     y, integer = layer(x).detach(), IntLinear(layer, 1).double()
     assert integer.exact and torch.equal(integer.weight[0], layer.to_int().flatten(1).to(torch.int8))
@@ -129,15 +131,15 @@ def test_one_step_per_tensor_is_exact(bits, kind):
 
 @pytest.mark.parametrize('bits', [2, 4, 8])
 @pytest.mark.parametrize('terms', [1, 2])
-def test_steps_per_channel_err_within_the_bound(bits, terms):
+def test_scales_per_channel_err_within_the_bound(bits, terms):
     layer, x = linear(bits)
     integer = IntLinear(layer, terms).double()
     assert not integer.exact and integer.weight.shape == (terms, 24, 40)
     codes = layer.act.to_int(x) - layer.act.code_range[0]
     error = (integer(codes.to(torch.uint8)) - layer(x).detach()).abs()
-    # Every weight errs by at most 1 / 254^terms of the largest of its row, and meets |x_hat / step| of its input.
-    largest = (layer.quantized_weight() * layer.act.alpha).abs().amax(1)                     # (24,)
-    offsets = (layer.act(x) / layer.act.alpha).abs().sum(-1, keepdim=True)                   # (5, 7, 1)
+    # Every weight errs by at most 1 / 254^terms of the largest of its row, and meets |x_hat / scale| of its input.
+    largest = (layer.quantized_weight() * layer.act.scale).abs().amax(1)                     # (24,)
+    offsets = (layer.act(x) / layer.act.scale).abs().sum(-1, keepdim=True)                   # (5, 7, 1)
     bound = (offsets * largest / 254 ** terms).detach()
     assert (error <= bound + 1e-12).all()
     assert error.max() > bound.max() / 100
@@ -175,7 +177,7 @@ def test_zero_points_beyond_32_bit_sums():
 
 @pytest.mark.parametrize('bits', [2, 3, 4, 8])
 @pytest.mark.parametrize('irm', [True, False])
-def test_attention_with_steps_per_head(bits, irm):
+def test_attention_with_scales_per_head(bits, irm):
     torch.manual_seed(bits)
     attention = randomized(QAttention(48, 3, QuantConfig(bits, bits, irm=irm))).eval()
     x = torch.randn(2, 9, 48, dtype=torch.float64)
@@ -196,7 +198,7 @@ EXACT = [{'weight_bits': bits, 'act_bits': bits} for bits in (2, 3, 4, 8)] + [
 
 
 @pytest.mark.parametrize('kwargs', EXACT, ids=str)
-def test_network_with_one_step_per_tensor_is_exact(kwargs):
+def test_network_with_one_scale_per_tensor_is_exact(kwargs):
     model = network(act_granularity='tensor', **kwargs)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -207,7 +209,7 @@ def test_network_with_one_step_per_tensor_is_exact(kwargs):
     assert relative_error(integer(images[:1]), expected[:1]) < RELATIVE
 
 
-def test_network_with_steps_per_channel_comes_near():
+def test_network_with_scales_per_channel_comes_near():
     # 8 bits: few codes flip, so that the error is that of the folded weights.
     model = network(weight_bits=8, act_bits=8)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
@@ -241,11 +243,7 @@ def test_what_is_refused():
 @pytest.mark.skipif(not (DEIT.is_file() and PHOTOGRAPHS.is_dir()), reason='the DeiT-Tiny weights or photographs are '
                                                                          'not here')
 def test_deit_on_photographs_is_exact():
-    from argparse import Namespace
-
-    from torchvision.datasets.folder import pil_loader
-
-    transform = build_transform(False, Namespace(data_set='IMNET', input_size=224))
+    transform = build_transform(False, 224)
     paths = sorted(PHOTOGRAPHS.glob('*/*'))[::200]
     images = torch.stack([transform(pil_loader(path)) for path in paths]).double()
     assert len(images) >= 3

@@ -2,7 +2,6 @@
 import copy
 import json
 import platform
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import calibrate
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
+from checkpoints.networks import ModelInfo
 from datasets import build_transform
 from deployment import onnx_export
-from deployment.integer import IntegerViT, IntLinear, Quantizer, effective
+from deployment.integer import IntegerViT, IntLinear, Quantizer, UnsignedCodes
 from deployment.onnx_export import export_onnx
 from utils import UserError
 
@@ -51,7 +51,7 @@ def logits(path: Path, images: torch.Tensor, level=ALL) -> np.ndarray:
 
 
 def network(bits: str = 'four', seed: int = 0, **kwargs):
-    """A small network whose steps and zero points differ between channels and heads, as after training."""
+    """A small network whose scales and zero points differ between channels and heads, as after training."""
     torch.manual_seed(seed)
     model = timm.create_model(f'{bits}bits_deit_tiny_patch16_224', **SHAPE | kwargs)
     with torch.no_grad():
@@ -77,10 +77,10 @@ def integer(model, terms: int = 1, dtype=torch.float64) -> IntegerViT:
 def with_original_weights(net: IntegerViT, model) -> IntegerViT:
     """The integer network with the fake-quantized network's weights, multiplied in float64."""
     def forward(layer):
-        step, zero, qn, _ = effective(layer.act, layer.weight.shape[1])
-        weight = (layer.to_int().double() * layer.alpha.double().view(-1, *[1] * (layer.weight.ndim - 1))).flatten(1)
-        step, zero = (value.repeat_interleave(weight.shape[1] // len(value)) for value in (step, zero))
-        return lambda codes: F.linear((codes - (zero - qn)) * step, weight, layer.bias.double())
+        weight = (layer.to_int().double() * layer.scale.double().view(-1, *[1] * (layer.weight.ndim - 1))).flatten(1)
+        scale, zero = (value.repeat_interleave(weight.shape[1] // len(value))
+                       for value in UnsignedCodes.of(layer.act, layer.weight.shape[1])[:2])
+        return lambda codes: F.linear((codes - zero) * scale, weight, layer.bias.double())
 
     names = {'patch': 'patch_embed.proj', 'fc1': 'mlp.fc1', 'fc2': 'mlp.fc2'}
     for name, layer in net.named_modules():
@@ -150,12 +150,12 @@ def test_zero_points_that_do_not_fit_in_8_bits(tmp_path):
     assert np.abs(logits(tmp_path / 'a.onnx', images) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(('step', 'clips'), [(0.5, 0), (5., 1)])
-def test_gelu_is_clipped_at_10_where_codes_reach_further(tmp_path, step, clips):
+@pytest.mark.parametrize(('scale', 'clips'), [(0.5, 0), (5., 1)])
+def test_gelu_is_clipped_at_10_where_codes_reach_further(tmp_path, scale, clips):
     model = network(depth=1, act_granularity='tensor')
     with torch.no_grad():
         model.blocks[0].mlp.fc1.bias[:12] += 30
-        model.blocks[0].mlp.fc2.act.alpha.fill_(step)
+        model.blocks[0].mlp.fc2.act.alpha.fill_(scale)
         model.blocks[0].mlp.fc2.act.zero_point.zero_()
     net = integer(model)
     images = clear_images(net)
@@ -219,13 +219,14 @@ def test_int4_holds_the_original_codes(tmp_path, granularity):
 
 def test_metadata(tmp_path):
     model = network('three')
-    about = {'model': 'threebits_deit_tiny_patch16_224', 'classes': ['ä', 'b', 'c', 'd', 'e'], 'data_set': 'IMNET'}
-    export_onnx(integer(model), tmp_path / 'a.onnx', quantized=model, about=about)
+    info = ModelInfo('threebits_deit_tiny_patch16_224', num_classes=5, classes=['ä', 'b', 'c', 'd', 'e'],
+                     data_set='IMNET')
+    export_onnx(integer(model), tmp_path / 'a.onnx', quantized=model, info=info)
     file = onnx.load(tmp_path / 'a.onnx')
     properties = {entry.key: entry.value for entry in file.metadata_props}
-    assert json.loads(properties.pop('classes')) == about['classes']
+    assert json.loads(properties.pop('classes')) == info.classes
     assert file.producer_name == 'q-vit' and properties == {
-        'format_version': '1', 'model': about['model'], 'weights': 'int8', 'weight_bits': '3', 'activation_bits': '3',
+        'format_version': '1', 'model': info.model, 'weights': 'int8', 'weight_bits': '3', 'activation_bits': '3',
         'exact': 'false'}
 
 
@@ -302,8 +303,7 @@ def deit() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope='module')
 def photographs(deit) -> tuple[torch.Tensor, torch.Tensor]:
     """12 images of as many classes, and their labels among the 1000."""
-    flags = Namespace(data_set='IMNET', input_size=224, train_interpolation='bicubic')
-    folder, names = ImageFolder(IMAGES, build_transform(False, flags)), ImageNetInfo().label_names()
+    folder, names = ImageFolder(IMAGES, build_transform(False, 224)), ImageNetInfo().label_names()
     images, labels = zip(*(folder[i] for i in range(0, 12 * 50, 50)), strict=True)
     return torch.stack(images), torch.tensor([names.index(folder.classes[label]) for label in labels])
 
