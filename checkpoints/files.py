@@ -7,7 +7,6 @@ tensors, plain values and that Namespace is ever unpickled.
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import re
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from utils import UserError
+from utils import UserError, write_whole
 
 __all__ = ['read_checkpoint', 'write_checkpoint']
 
@@ -29,9 +28,10 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     if str(path).startswith('https://'):
         return _load(lambda: torch.hub.load_state_dict_from_url(str(path), map_location='cpu', weights_only=True), path)
+    is_safetensors = Path(path).suffix == '.safetensors'
     if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint file')
-    if Path(path).suffix == '.safetensors':
+        raise UserError(f'{path}: no such {"" if is_safetensors else "checkpoint "}file')
+    if is_safetensors:
         return _load(lambda: safetensors.torch.load_file(path), path)
     return _load(lambda: torch.load(path, map_location='cpu', weights_only=True), path)
 
@@ -53,11 +53,5 @@ def _load(load, path: str | Path) -> dict:
 
 
 def write_checkpoint(state: dict, path: str | Path) -> None:
-    """Writes `state` beside `path` and renames it, so that `path` is always a whole file."""
-    path = Path(path)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        torch.save(state, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes `state` so that `path` is always a whole file."""
+    write_whole(path, lambda beside: torch.save(state, beside))

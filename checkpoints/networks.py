@@ -1,116 +1,128 @@
-"""Which network a checkpoint holds, and taking it into that network."""
+"""Which network is in a file, and opening it: the one place that answers this for every command.
+
+Its other names are those that callers need with it; they live below this module because the quantized network, which is
+registered here, itself starts from checkpoints.
+"""
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
-import torch
 import torch.nn as nn
 from torch import Tensor
 
+import models  # noqa: F401  registers the full-precision networks
+import quant_vision_transformer  # noqa: F401  registers the quantized ones
+from checkpoints.building import check_described, create_network
+from checkpoints.descriptions import ModelInfo, check_registered
+from checkpoints.files import read_checkpoint
+from checkpoints.packed import is_packed, read_packed
+from checkpoints.states import load_quantized, state_of
 from utils import UserError
 
-__all__ = ['create_from_checkpoint', 'load_quantized', 'model_info']
-
-FORMAT_VERSION = 1
-QUANTIZER_ENTRIES = ('alpha', 'zero_point', 'init_state', 'signed')
+__all__ = ['ModelInfo', 'OpenedNetwork', 'create_network', 'load_quantized', 'network_info', 'open_checkpoint',
+           'open_network', 'read_network', 'state_of']
 
 
-def model_info(model_name: str, model_kwargs: dict, num_classes: int, input_size: int,
-                classes: list[str] | None = None, data_set: str | None = None) -> dict:
-    """The `qvit` entry: what `create_from_checkpoint` needs, and where the classes come from."""
-    return {'format_version': FORMAT_VERSION, 'model': model_name, 'kwargs': dict(model_kwargs),
-            'num_classes': num_classes, 'input_size': input_size, 'classes': classes, 'data_set': data_set}
+class OpenedNetwork(NamedTuple):
+    """A file's network: its description, the network in evaluation mode with its weights, and all that the file holds.
+
+    Its quantizers have scales only if those in the file had: ask `is_calibrated`.
+    """
+    info: ModelInfo
+    model: nn.Module
+    checkpoint: dict[str, Any]
 
 
-def create_from_checkpoint(checkpoint: dict) -> nn.Module:
-    """The network that the checkpoint's `qvit` entry describes, with its weights. Import its module first."""
-    about = checkpoint.get('qvit')
-    if about is None:
-        raise UserError('the checkpoint does not say which network it holds: name it with --model')
-    if about['format_version'] > FORMAT_VERSION:
-        raise UserError(f'the checkpoint has format version {about["format_version"]}, this code reads up to '
-                        f'{FORMAT_VERSION}: update it')
-    model = timm.create_model(about['model'], num_classes=about['num_classes'], img_size=about['input_size'],
-                              **about['kwargs'])
-    load_quantized(model, checkpoint)
-    return model
+def open_network(path: str | Path, model: str | None = None, *, model_kwargs: dict[str, Any] | None = None,
+                 input_size: int | None = None, what: str = '--model') -> OpenedNetwork:
+    """The network in a checkpoint or a packed file.
 
-
-def _state_dict(checkpoint: dict) -> dict[str, Tensor]:
-    """The model's entry of a checkpoint, or the checkpoint itself where it is a bare state_dict."""
-    entries = [checkpoint[key] for key in ('model', 'state_dict') if isinstance(checkpoint.get(key), dict)]
-    state = entries[0] if entries else checkpoint
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"the checkpoint has no model: its entries are {_some(checkpoint) or 'none'}")
-    return {name.removeprefix('module.'): value for name, value in state.items()}
-
-
-def _is_quantizer_entry(name: str) -> bool:
-    return name.rpartition('.')[2] in QUANTIZER_ENTRIES
-
-
-def _some(names: Iterable[str], most: int = 6) -> str:
-    names = list(map(str, names))
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
-
-
-# --- a checkpoint of the same network ---------------------------------------------------------------------------------
-
-
-def load_quantized(model: nn.Module, checkpoint: dict) -> None:
-    """Loads a checkpoint of this very network, quantizers included.
+    Args:
+        path: of the file; also an https:// address of a checkpoint.
+        model, model_kwargs, input_size, what: as for `network_info`.
 
     Raises:
-        UserError: it is a full-precision one, or of another size, class count or configuration.
+        UserError: the file cannot be read, or what it holds is not known or contradicts the arguments.
     """
-    given, wanted = _state_dict(checkpoint), model.state_dict()
-    is_quantized, wants_quantized = (any(map(_is_quantizer_entry, names)) for names in (given, wanted))
-    if wants_quantized and not is_quantized:
-        raise UserError('this is a full-precision checkpoint, not a quantized one: start from it with --finetune')
-    if is_quantized and not wants_quantized:
-        raise UserError('this is a quantized checkpoint, but the model is a full-precision one')
-    _check_shapes(given, wanted)
-    missing, unexpected = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
-    for option, part in (('irm', '.norm_q.'), ('quantize_attn', '.attn_act.')):
-        value, ours = (any(part in name for name in names) for names in (given, wanted))
-        if value != ours:
-            raise UserError(f'the checkpoint was made with {option}={value}: pass --model-kwargs {option}={value}')
-    _refuse(missing, unexpected)
-    damaged = [name for name, value in given.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if damaged:
-        raise UserError(f'the checkpoint has NaN or infinite values in {_some(damaged)}: take an earlier one')
-    model.load_state_dict(given)
+    return open_checkpoint(path, read_network(path), model, model_kwargs=model_kwargs, input_size=input_size, what=what)
 
 
-def _check_shapes(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Says of the first tensor whose shape differs what that means."""
-    def shapes(name: str) -> tuple[list[int], list[int]]:
-        return list(given[name].shape), list(wanted[name].shape)
-
-    differing = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    if not differing:
-        return
-    if 'cls_token' in differing:
-        theirs, ours = (shape[-1] for shape in shapes('cls_token'))
-        raise UserError(f'the checkpoint is {theirs} wide, the model {ours}: choose the --model of its size')
-    if 'head.weight' in differing:
-        theirs, ours = (shape[0] for shape in shapes('head.weight'))
-        raise UserError(f'the checkpoint has {theirs} classes, the model {ours}: choose the data set of its classes')
-    if 'pos_embed' in differing:
-        theirs, ours = (shape[1] for shape in shapes('pos_embed'))
-        raise UserError(f'the checkpoint has {theirs} tokens, the model {ours}: choose its --input-size')
-    sizes = given[differing[0]].numel(), wanted[differing[0]].numel()
-    if 1 in sizes and all(re.search(r'[._]act\.(alpha|zero_point)$', name) for name in differing):
-        granularity = 'tensor' if sizes[0] == 1 else 'channel'
-        raise UserError(f"the checkpoint's activations have one step per {granularity}: "
-                        f'pass --model-kwargs act_granularity={granularity}')
-    theirs, ours = shapes(differing[0])
-    raise UserError(f'{differing[0]} has shape {theirs} in the checkpoint and {ours} in the model')
+def open_checkpoint(path: str | Path, checkpoint: dict[str, Any], model: str | None = None, *,
+                    model_kwargs: dict[str, Any] | None = None, input_size: int | None = None,
+                    what: str = '--model') -> OpenedNetwork:
+    """`open_network` of a file that `read_network` has read already."""
+    info = network_info(path, checkpoint, model, model_kwargs, input_size, what=what)
+    network = create_network(info.model, info.num_classes, info.input_size, what=what, **info.kwargs)
+    load_quantized(network, checkpoint)
+    return OpenedNetwork(info, network.eval(), checkpoint)
 
 
-def _refuse(missing: list[str], unexpected: list[str]) -> None:
-    if missing or unexpected:
-        lists = [f'{what} {_some(names)}' for what, names in (('lacks', missing), ('has unknown', unexpected)) if names]
-        raise UserError(f'the checkpoint does not fit the model: it {" and ".join(lists)}')
+def read_network(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint, or those of a packed file in the form of a checkpoint that describes itself."""
+    return read_packed(path).checkpoint() if is_packed(path) else read_checkpoint(path)
+
+
+# --- which network it is ----------------------------------------------------------------------------------------------
+
+
+def network_info(path: str | Path, checkpoint: dict[str, Any], model: str | None = None,
+                 model_kwargs: dict[str, Any] | None = None, input_size: int | None = None, *,
+                 what: str = '--model') -> ModelInfo:
+    """Which network a checkpoint holds: the one that it describes, else `model`, with the sizes of its tensors.
+
+    Args:
+        path: of its file, for messages.
+        checkpoint: as `read_network` gives it.
+        model, model_kwargs, input_size: what the user says of it. They may repeat a description, not contradict it;
+            without one, the image size follows from the tensors unless it is given.
+        what: the flag that names the network, for messages.
+
+    Raises:
+        UserError: nobody says which network it is, the two contradict each other, or the description is not one of
+            these tensors.
+    """
+    state = state_of(checkpoint)
+    if 'qvit' in checkpoint:
+        info = ModelInfo.from_dict(checkpoint['qvit'], str(path))
+        _check_agrees(path, info, model, model_kwargs or {}, input_size, what)
+        check_described(info, state, str(path))
+        return info
+    if model is None:
+        raise UserError(f'{path} does not say which network it holds: name it with {what}')
+    check_registered(model, what)
+    return ModelInfo(model, dict(model_kwargs or {}), _classes(model, state), input_size or _input_size(state))
+
+
+def _check_agrees(path: str | Path, info: ModelInfo, model: str | None, model_kwargs: dict[str, Any],
+                  input_size: int | None, what: str) -> None:
+    if model not in (None, info.model):
+        raise UserError(f'model is {info.model} in {path}: leave {what} out')
+    given = {'input_size': input_size} | model_kwargs
+    for name, known in {'input_size': info.input_size, **info.kwargs}.items():
+        if given.pop(name, None) not in (None, known):
+            raise UserError(f'{name} is {known} in {path}: leave the flag out')
+    if set(given) - {'input_size'}:
+        raise UserError(f'{", ".join(given)} of --model-kwargs is not in {path}: leave it out')
+
+
+def _classes(model: str, state: dict[str, Tensor]) -> int:
+    """The number of classes that the last layer of this network has in the tensors."""
+    described = timm.get_pretrained_cfg(model)
+    classifier = described.classifier if described is not None and described.classifier else 'head'
+    classifier = classifier if isinstance(classifier, str) else classifier[0]  # of several heads
+    weight = state.get(f'{classifier}.weight')
+    if weight is None or weight.ndim == 0:
+        raise UserError('the checkpoint holds no vision transformer: head, position or patch embedding is missing'
+                        if classifier == 'head' else f'the checkpoint has no {classifier}.weight, as {model} has it')
+    return len(weight)
+
+
+def _input_size(state: dict[str, Tensor]) -> int:
+    """The image size that the position embeddings of a vision transformer are for; 224 of other networks."""
+    positions, filters = state.get('pos_embed'), state.get('patch_embed.proj.weight')
+    if positions is None or filters is None or positions.ndim != 3 or filters.ndim != 4:
+        return 224
+    prefix = sum(name in state for name in ('cls_token', 'dist_token'))
+    return max(1, round(max(0, positions.shape[1] - prefix) ** 0.5)) * filters.shape[-1]

@@ -1,38 +1,38 @@
 """Packed files: a quantized network in the bytes that its bit-widths say, and nothing but what its forward needs.
 
 A packed file is a safetensors file. Weight codes of b bits lie in a stream of b bits each, low bits first (3-bit codes
-take 3 bits, not 4); steps, zero points, biases, LayerNorms, embeddings are float32. The header's `qvit_packed` entry, a
-JSON object, says what network it is, and of every coded weight its bits and shape; its `sha256` is the checksum of all
-the rest. The same network always gives the same bytes.
+take 3 bits, not 4); scales, zero points, biases, LayerNorms, embeddings are float32. The header's `qvit_packed` entry,
+a JSON object, says what network it is, and of every coded weight its bits and shape; its `sha256` is the checksum of
+all the rest. The same network always gives the same bytes.
+
+The checksum finds damage, not intent: whoever makes a file can compute it. So the description is checked all the same.
 """
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.torch
-import timm
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from _quan_base import ActQ, code_range, is_calibrated, min_scale, named_quantizers
-from checkpoints.networks import load_quantized
-from utils import UserError
+import quant_vision_transformer  # noqa: F401  registers the networks that packed files hold
+from _quan_base import ActQ, code_range, is_calibrated, named_quantizers
+from checkpoints.building import build_described, check_described
+from checkpoints.descriptions import FORMAT_VERSION, ModelInfo, shown
+from checkpoints.states import some
+from utils import UserError, write_whole
 
 __all__ = ['PackedFile', 'Stored', 'is_packed', 'pack_codes', 'packed_layout', 'read_packed', 'unpack_codes',
            'write_packed']
 
-FORMAT_VERSION = 1
 ENTRY, CHECKSUM = 'qvit_packed', 'sha256'
-_NEED = {'format_version': int, 'model': str, 'kwargs': dict, 'num_classes': int, 'input_size': int, 'weights': dict,
-         'activations': dict}
 
 
 class Stored(NamedTuple):
@@ -44,45 +44,49 @@ class Stored(NamedTuple):
 
 
 class PackedFile(NamedTuple):
-    """What a packed file holds: `about`, its description, and the stored tensors, coded ones still packed (uint8)."""
-    about: dict[str, Any]
+    """What a packed file holds.
+
+    Attributes:
+        info: which network it is.
+        weights: {'bits': .., 'shape': [..]} of every coded weight, by name.
+        activations: {'bits': .., 'signed': ..} of every activation quantizer, by name.
+        tensors: all of them, the coded weights still packed (uint8).
+    """
+    info: ModelInfo
+    weights: dict[str, dict[str, Any]]
+    activations: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor]
 
+    def state(self) -> dict[str, Tensor]:
+        """The state_dict of the simulated network: the weights have the values of their codes."""
+        state = {name: value for name, value in self.tensors.items() if name not in self.weights}
+        for name, code in self.weights.items():
+            layer, shape = name.removesuffix('.weight'), torch.Size(code['shape'])
+            codes = unpack_codes(self.tensors[name], code['bits'], shape.numel()).view(shape)
+            scale = state[f'{layer}.alpha']
+            state[name] = codes.to(scale.dtype) * scale.view(-1, *[1] * (len(shape) - 1))
+            state[f'{layer}.init_state'] = torch.ones(1)
+        for name, activation in self.activations.items():
+            state[f'{name}.signed'] = torch.full((1,), float(activation['signed']))
+            state[f'{name}.init_state'] = torch.ones(1)
+        return state
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The same as a checkpoint that describes its network."""
+        return {'model': self.state(), 'qvit': self.info.to_dict()}
+
     def network(self) -> nn.Module:
-        """The fake-quantized network, in evaluation mode. Import the module that registers it first.
+        """The simulated network, in evaluation mode.
 
         Raises:
             UserError: the file does not fit the network that it names.
         """
-        about = self.about
-        if not timm.is_model(about['model']):  # nor a name by which timm would look on the network
-            raise UserError(f"the packed file's network {about['model']} is unknown: update this code")
-        try:
-            model = timm.create_model(about['model'], num_classes=about['num_classes'], img_size=about['input_size'],
-                                      **about['kwargs'])
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"the packed file's network {about['model']} cannot be built "
-                            f'({" ".join(str(error).split())})') from error
-        state = {name: value for name, value in self.tensors.items() if name not in about['weights']}
-        for name, code in about['weights'].items():
-            layer = name.removesuffix('.weight')
-            shape = torch.Size(code['shape'])
-            codes = unpack_codes(self.tensors[name], code['bits'], shape.numel()).view(shape)
-            step = state[f'{layer}.alpha'].clamp_min(min_scale(torch.float32))  # as in use
-            state[name] = codes.to(step.dtype) * step.view(-1, *[1] * (len(shape) - 1))
-        for name, activation in about['activations'].items():
-            state[f'{name}.signed'] = torch.full((1,), float(activation['signed']))
-        for name, value in model.state_dict().items():
-            if name.endswith('.init_state'):
-                state[name] = torch.ones_like(value)
-        load_quantized(model, {'model': state})
-        return model.eval()
+        return build_described(self.info, self.state(), 'the packed file').eval()
 
     def stored(self) -> list[Stored]:
         """Every tensor, in the file's order."""
-        weights = self.about['weights']
-        return [Stored(name, weights[name]['bits'], tuple(weights[name]['shape']), value.nbytes) if name in weights else
-                Stored(name, 8 * value.element_size(), tuple(value.shape), value.nbytes)
+        return [Stored(name, self.weights[name]['bits'], tuple(self.weights[name]['shape']), value.nbytes)
+                if name in self.weights else Stored(name, 8 * value.element_size(), tuple(value.shape), value.nbytes)
                 for name, value in self.tensors.items()]
 
 
@@ -125,12 +129,12 @@ def packed_layout(model: nn.Module) -> list[Stored]:
     return layout
 
 
-def _json(about: dict[str, Any]) -> str:
-    return json.dumps(about, separators=(',', ':'))
+def _json(header: dict[str, Any]) -> str:
+    return json.dumps(header, separators=(',', ':'))
 
 
-def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(_json(about).encode())
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(_json(header).encode())
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f'{name} {value.dtype} {list(value.shape)}'.encode())
@@ -138,42 +142,38 @@ def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_packed(model: nn.Module, about: dict[str, Any], path: str | Path) -> PackedFile:
+def write_packed(model: nn.Module, info: ModelInfo, path: str | Path) -> PackedFile:
     """Writes the packed file of a calibrated network, whole or not at all.
 
     Args:
         model: the network, on any device.
-        about: model, kwargs, num_classes, input_size (as `checkpoints.description` gives them), classes, data_set.
+        info: its description.
         path: of the file, by convention *.qvit.safetensors.
 
     Raises:
         UserError: the network is not quantized or not calibrated, or the file cannot be written.
     """
-    layers = {name: layer for name, layer in named_quantizers(model) if not isinstance(layer, ActQ)}
+    quantizers = dict(named_quantizers(model))
+    layers = {f'{name}.weight': layer for name, layer in quantizers.items() if not isinstance(layer, ActQ)}
     if not layers:
         raise UserError('the network is a full-precision one: pack a quantized checkpoint')
     if not is_calibrated(model):
         raise UserError('the network has no steps yet: pack a trained or calibrated checkpoint')
-    state, tensors = model.state_dict(), {}
-    for name, bits, *_ in packed_layout(model):
-        layer = layers.get(name.removesuffix('.weight')) if name.endswith('.weight') else None
-        tensors[name] = state[name].float().cpu().contiguous() if layer is None else pack_codes(
-            layer.to_int().cpu(), bits)
-    about = {**about, 'format_version': FORMAT_VERSION,
-             'weights': {f'{name}.weight': {'bits': layer.weight_bits, 'shape': list(layer.weight.shape)}
-                         for name, layer in layers.items()},
-             'activations': {name: {'bits': act.bits, 'signed': act.signed_codes}
-                             for name, act in named_quantizers(model) if isinstance(act, ActQ)}}
-    checksum, path = _checksum(about, tensors), Path(path)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    state = model.state_dict() | {f'{name}.alpha': quantizer.scale for name, quantizer in quantizers.items()}
+    tensors = {name: pack_codes(layers[name].to_int().cpu(), bits) if name in layers else
+               state[name].float().cpu().contiguous() for name, bits, *_ in packed_layout(model)}
+    packed = PackedFile(
+        info,
+        {name: {'bits': layer.weight_bits, 'shape': list(layer.weight.shape)} for name, layer in layers.items()},
+        {name: {'bits': act.bits, 'signed': act.signed_codes} for name, act in quantizers.items()
+         if isinstance(act, ActQ)}, tensors)
+    header = info.to_dict() | {'weights': packed.weights, 'activations': packed.activations}
+    header[CHECKSUM] = _checksum(header, tensors)
     try:
-        safetensors.torch.save_file(tensors, beside, {ENTRY: _json(about | {CHECKSUM: checksum})})
-        os.replace(beside, path)
+        write_whole(path, lambda beside: safetensors.torch.save_file(tensors, beside, {ENTRY: _json(header)}))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'{path} cannot be written ({" ".join(str(error).split())})') from error
-    finally:
-        beside.unlink(missing_ok=True)
-    return PackedFile(about, tensors)
+    return packed
 
 
 def is_packed(path: str | Path) -> bool:
@@ -195,41 +195,79 @@ def read_packed(path: str | Path) -> PackedFile:
         raise UserError(f'{path}: no such file')
     try:
         with safetensors.safe_open(path, 'pt') as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors raises its own, and others for a damaged header
         raise UserError(f'{path}: truncated or damaged, or not a safetensors file') from error
-    if ENTRY not in header:
+    if ENTRY not in metadata:
         raise UserError(f'{path}: not a packed Q-ViT file: make one with deploy.py pack')
     try:
-        about = json.loads(header[ENTRY])
-        version, checksum = about['format_version'], about.pop(CHECKSUM, None)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        header = json.loads(metadata[ENTRY])
+        version, checksum = header['format_version'], header.pop(CHECKSUM, None)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f'{path}: altered, its description cannot be read') from error
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UserError(f'{path}: format version {version}, this code reads up to {FORMAT_VERSION}: update it')
-    if checksum != _checksum(about, tensors):
-        raise UserError(f'{path}: altered, its checksum does not match: copy it or pack it again')
-    _check_description(path, about, tensors)
-    return PackedFile(about, tensors)
-
-
-def _check_description(path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    wrong = [key for key, kind in _NEED.items() if not isinstance(about.get(key), kind)]
-    if not wrong:
-        wrong = [name for name, code in about['weights'].items() if not _fits(code, tensors.get(name))]
-        wrong += [name for name, act in about['activations'].items()
-                  if not (isinstance(act, dict) and isinstance(act.get('signed'), bool))]
-        wrong += [name for name in about['weights'] if f'{name.removesuffix("weight")}alpha' not in tensors]
-    if wrong:
-        raise UserError(f'{path}: its description does not fit, see {", ".join(wrong[:3])}: pack it again')
-
-
-def _fits(code: Any, stream: Tensor | None) -> bool:
-    """Whether the description of a weight's codes is one of this very stream."""
+        raise UserError(f'{path}: format version {shown(version)}, this code reads up to {FORMAT_VERSION}: update it')
     try:
-        numbers = [code['bits'], *code['shape']]
-        return (all(type(number) is int and number > 0 for number in numbers) and 2 <= code['bits'] <= 8
-                and stream.dtype == torch.uint8 and len(stream) == -(-math.prod(numbers) // 8))
-    except (AttributeError, KeyError, TypeError):
+        is_whole = checksum == _checksum(header, tensors)
+    except (RuntimeError, TypeError):  # numbers of a type that no packed file has
+        is_whole = False
+    if not is_whole:
+        raise UserError(f'{path}: altered, its checksum does not match: copy it or pack it again')
+    info = ModelInfo.from_dict(header, str(path))
+    _check_codes(path, header, tensors)
+    packed = PackedFile(info, header['weights'], header['activations'], tensors)
+    network = check_described(info, packed.state(), str(path))
+    if network is not None:
+        _check_bits(path, packed, network)
+    return packed
+
+
+# --- a header against its tensors -------------------------------------------------------------------------------------
+
+
+def _check_codes(path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuses a header that does not describe the codes and quantizers in the file."""
+    weights, activations = header.get('weights'), header.get('activations')
+    if not isinstance(weights, dict) or not isinstance(activations, dict):
+        wrong = [key for key in ('weights', 'activations') if not isinstance(header.get(key), dict)]
+    else:
+        wrong = [name for name, code in weights.items() if not _fits(name, code, tensors)]
+        wrong += [name for name, act in activations.items() if not _fits_activation(name, act, tensors)]
+        wrong += [name for name, value in tensors.items() if name not in weights and value.dtype != torch.float32]
+    if wrong:
+        raise _unfit(path, wrong)
+
+
+def _fits(name: str, code: Any, tensors: dict[str, Tensor]) -> bool:
+    """Whether the description of a weight's codes is one of the stream of that name, and there is a scale for each of
+    its output channels."""
+    stream, scale = tensors.get(name), tensors.get(f'{name.removesuffix("weight")}alpha')
+    if stream is None or scale is None or not isinstance(code, dict) or not isinstance(code.get('shape'), list):
         return False
+    numbers = [code.get('bits'), *code['shape']]
+    return (len(numbers) in (3, 5) and all(type(number) is int and number > 0 for number in numbers)
+            and 2 <= code['bits'] <= 8 and stream.dtype == torch.uint8
+            and list(stream.shape) == [-(-math.prod(numbers) // 8)] and list(scale.shape) == code['shape'][:1])
+
+
+def _fits_activation(name: str, act: Any, tensors: dict[str, Tensor]) -> bool:
+    scale, zero_point = tensors.get(f'{name}.alpha'), tensors.get(f'{name}.zero_point')
+    return (isinstance(act, dict) and type(act.get('bits')) is int and 2 <= act['bits'] <= 8
+            and type(act.get('signed')) is bool and scale is not None and zero_point is not None
+            and scale.ndim == 1 and scale.shape == zero_point.shape)
+
+
+def _check_bits(path: str | Path, packed: PackedFile, network: nn.Module) -> None:
+    """Refuses codes of other bits than the network's quantizers have: these would quantize the values once more."""
+    quantizers = dict(named_quantizers(network))
+    bits = {name if isinstance(layer, ActQ) else f'{name}.weight':
+            layer.bits if isinstance(layer, ActQ) else layer.weight_bits for name, layer in quantizers.items()}
+    described = {name: entry['bits'] for name, entry in (packed.weights | packed.activations).items()}
+    wrong = [name for name in bits.keys() | described.keys() if bits.get(name) != described.get(name)]
+    if wrong:
+        raise _unfit(path, sorted(wrong))
+
+
+def _unfit(path: str | Path, names: list[str]) -> UserError:
+    return UserError(f'{path}: its description does not fit, see {some(names, 3)}: pack it again')
