@@ -1,4 +1,4 @@
-"""Trains and evaluates Q-ViT: the wiring of everything else.
+"""Trains, evaluates and calibrates Q-ViT: the flags, and the three jobs that they can ask for.
 
     python main.py --data-path /path/to/imagenet --output_dir out ...          train (--resume auto continues)
     python main.py --eval --resume out/best_checkpoint.pth --data-path ...     evaluate
@@ -6,75 +6,214 @@
 """
 
 import json
+import os
 import sys
 import traceback
-from argparse import Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import Dataset
 
+import ops
 import utils
 from _quan_base import is_calibrated
 from checkpoints.files import read_checkpoint, write_checkpoint
 from checkpoints.full_precision import load_full_precision
-from checkpoints.networks import load_quantized, model_info
-from engine import evaluate_and_say, fit
-from ops import cpu as native_training
-from ops.cpp_library import NativeUnavailable
-from training import data, networks
-from training.flags import DEFAULT_MODEL, DEFAULT_SIZE, check_args, parse_args
-from training.state import build_training
-from utils import DivergedError, UserError
+from checkpoints.networks import ModelInfo, load_quantized, network_info
+from datasets import DATASETS, Augmentation, SeededSamples
+from engine import AMP_DTYPES, Loop, evaluate_and_say, fit
+from losses import DISTILLATION_TYPES, Distillation
+from samplers import ResumableSampler
+from training import data, flags, networks
+from training.checks import check_args
+from training.methods.oscillation import OscillationConfig
+from training.methods.registry import build_methods
+from training.networks import CALIBRATIONS
+from training.optimizer import OptimizerConfig
+from training.record import RunRecord, describe_run, write_args
+from training.resumption import Position, resume_and_say
+from training.schedule import ScheduleConfig
+from training.state import Averaging, CheckpointFolder, build_training
+from utils import DivergedError, Ranks, UserError, pick
+
+DEFAULT_MODEL = 'fourbits_deit_tiny_patch16_224'
+DEFAULT_SIZE = 224
 
 
-def resolve(args: Namespace, checkpoint: dict[str, Any] | None) -> None:
-    """Fills in the flags that were left open, from what the checkpoint says of itself."""
-    about = (checkpoint or {}).get('qvit')
-    if about is not None:
-        given = {'model': args.model, 'input_size': args.input_size} | args.model_kwargs
-        for name, known in {'model': about['model'], 'input_size': about['input_size'], **about['kwargs']}.items():
-            if given.pop(name, None) not in (None, known):
-                raise UserError(f'{name} is {known} in {args.resume}: leave the flag out')
-        if set(given) - {'model', 'input_size'}:
-            raise UserError(f'{", ".join(given)} of --model-kwargs is not in {args.resume}: leave it out')
-        args.model, args.input_size, args.model_kwargs = about['model'], about['input_size'], about['kwargs']
-        args.data_set = args.data_set or about['data_set']
-    elif checkpoint is not None and args.model is None:
-        raise UserError(f'{args.resume} does not say which network it holds: name it with --model')
-    args.model = args.model or DEFAULT_MODEL
-    args.input_size = args.input_size or DEFAULT_SIZE
-    args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')
-    if args.data_set != 'DIGITS' and args.data_path is None:
-        raise UserError(f'{args.resume} is of {args.data_set}: pass its --data-path')
+# --- flags ------------------------------------------------------------------------------------------------------------
 
 
-def enable_native_kernels(wanted: bool | None, device: torch.device) -> bool:
-    """Whether quantizers and DGD are computed in C++ from now on: by default on a CPU that has a compiler."""
-    on = device.type == 'cpu' if wanted is None else wanted
-    try:
-        native_training.enable(on)
-    except NativeUnavailable as error:
-        if wanted:
-            raise UserError(f'--native-kernels: {error}') from error
-        print(f'training goes on without its C++ kernels: {error}')
-        return False
-    return on
+def get_args_parser() -> ArgumentParser:
+    """Flags have DeiT's names, and its defaults but where the published Q-ViT runs did without (mixup, cutmix, label
+    smoothing, weight averaging, clipping, cool-down)."""
+    parser = utils.Parser(description='Q-ViT: training and evaluation', allow_abbrev=False, formatter_class=flags.HelpFormatter)
+    add = parser.add_argument
+    add('--config', metavar='FILE', help='YAML with values for these flags; flags on the command line win')
+    add('--batch-size', default=64, type=flags.positive_int, help='images of a process at a time')
+    add('--epochs', default=300, type=flags.positive_int)
+    add('--grad-accum-steps', default=1, type=flags.positive_int, help='batches per update')
+
+    group = parser.add_argument_group('model')
+    add = group.add_argument
+    add('--model', help=f'{DEFAULT_MODEL} unless the checkpoint says another')
+    add('--model-kwargs', nargs='+', action='extend', type=utils.key_value, metavar='KEY=VALUE',
+        help='options of the network, e.g. irm=False act_granularity=tensor weight_bits=2')
+    add('--input-size', type=flags.image_size, help=f'image size, {DEFAULT_SIZE} unless the checkpoint says another')
+    add('--drop', default=0., type=flags.share, help='dropout')
+    add('--drop-path', default=0.1, type=flags.share)
+    add('--model-ema', default=False, action=BooleanOptionalAction, help='average the weights over time')
+    add('--model-ema-decay', default=0.99996, type=flags.share)
+    add('--model-ema-force-cpu', action='store_true')
+    add('--amp', default='none', choices=AMP_DTYPES, help='precision of the matrix products')
+    add('--compile', action='store_true', help='torch.compile')
+    add('--native-kernels', action=BooleanOptionalAction,
+        help='quantizers in C++, compiled on first use (default: on a CPU, where a compiler is found)')
+
+    group = parser.add_argument_group('optimizer and schedule')
+    add = group.add_argument
+    add('--opt', default='adamw', help="timm's name; fusedlamb is apex's, or timm's Lamb with the same update")
+    add('--opt-eps', type=float)
+    add('--opt-betas', type=float, nargs=2)
+    add('--clip-grad', type=flags.positive, help='largest norm of the gradient')
+    add('--momentum', default=0.9, type=flags.non_negative)
+    add('--weight-decay', default=0.05, type=flags.non_negative)
+    add('--step-lr-scale', default=1., type=flags.non_negative, help='learning rate of the steps and zero points, in units of '
+        '--lr')
+    add('--oscillation-dampening', default=0., type=flags.non_negative, metavar='W',
+        help='final weight of a loss that pulls weights to the centres of their codes')
+    add('--oscillation-freezing', type=flags.frequency, nargs='+', metavar='F', help='freeze weights whose codes go back and '
+        'forth more often than this, in an average per update, e.g. 0.01; two values: at the start and at the end')
+    add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
+    add('--sched-on-updates', action='store_true', help='change the learning rate at every update, not every epoch')
+    add('--lr', default=5e-4, type=flags.positive, help='at 512 images per update; scaled in proportion to them')
+    add('--lr-noise', type=float, nargs='+')
+    add('--lr-noise-pct', default=0.67, type=float)
+    add('--lr-noise-std', default=1.0, type=float)
+    add('--warmup-lr', default=1e-6, type=flags.non_negative)
+    add('--min-lr', default=1e-5, type=flags.non_negative)
+    add('--decay-epochs', default=30, type=flags.positive)
+    add('--warmup-epochs', default=5, type=flags.non_negative_int)
+    add('--cooldown-epochs', default=0, type=flags.non_negative_int, help='epochs at the last learning rate, after --epochs')
+    add('--decay-rate', '--dr', default=0.1, type=float)
+
+    group = parser.add_argument_group('augmentation and regularization')
+    add = group.add_argument
+    add('--color-jitter', default=0.4, type=flags.non_negative)
+    add('--aa', default='rand-m9-mstd0.5-inc1', help='auto-augmentation policy')
+    add('--smoothing', default=0., type=flags.share, help='label smoothing')
+    add('--train-interpolation', default='bicubic')
+    add('--random-resized-crop', default=True, action=BooleanOptionalAction)
+    add('--repeated-aug', default=True, action=BooleanOptionalAction)
+    add('--reprob', default=0.25, type=flags.share, help='probability of random erasing')
+    add('--remode', default='pixel')
+    add('--recount', default=1, type=flags.positive_int)
+    add('--mixup', default=0., type=flags.non_negative)
+    add('--cutmix', default=0., type=flags.non_negative)
+    add('--cutmix-minmax', type=float, nargs=2)
+    add('--mixup-prob', default=1.0, type=flags.share)
+    add('--mixup-switch-prob', default=0.5, type=flags.share)
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
+
+    group = parser.add_argument_group('teacher')
+    add = group.add_argument
+    add('--teacher-model', help="timm's name, e.g. vit_deit_tiny_distilled_patch16_224")
+    add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
+    add('--soft-labels', default='', metavar='FILE', help="a teacher's answers for crops of the training images, as "
+        'soft_labels.py stores them, instead of a teacher; no other augmentation applies')
+    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head learns '
+        "the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next to nothing; "
+        'both: both heads learn its probabilities')
+    add('--distillation-alpha', default=0.5, type=flags.share, help='share of distillation in the loss; 1: labels are unused')
+    add('--distillation-tau', default=1.0, type=flags.positive)
+    add('--dgd-weight', type=flags.non_negative, help='weight of distribution-guided distillation; unless given, 1 with a '
+        'teacher whose attention can be compared and 0 otherwise')
+    add('--token-weight', default=0., type=flags.non_negative, help='weight of token distillation: the outputs of every '
+        'block, from a teacher of the same depth and width')
+
+    add = parser.add_argument_group('calibration').add_argument
+    add('--calibration', choices=CALIBRATIONS, help='published: steps by the first batch; mse: steps, '
+        'weights, IRM fitted to the full-precision network, layer by layer; unless given, mse with --finetune, else '
+        'published')
+    add('--calibration-images', default=64, type=flags.positive_int, help='training images that mse fits to')
+
+    group = parser.add_argument_group('data and evaluation')
+    add = group.add_argument
+    add('--data-path', help='folder of the data set')
+    add('--data-set', choices=DATASETS, help='IMNET where there is a --data-path, else DIGITS')
+    add('--inat-category', default='name')
+    add('--eval', action='store_true', help='only evaluate: --resume, or --finetune after calibration alone '
+        '(post-training quantization; --output_dir gets the network as calibrated.pth)')
+    add('--dist-eval', action='store_true', help='share the evaluation among the processes')
+    add('--eval-crop-ratio', default=0.875, type=flags.positive)
+    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=flags.non_negative_int)
+    add('--pin-mem', default=True, action=BooleanOptionalAction)
+
+    group = parser.add_argument_group('run')
+    add = group.add_argument
+    add('--output_dir', '--output-dir', default='', help='for checkpoints, log.txt, args.json and TensorBoard')
+    add('--finetune', default='', metavar='FILE', help='checkpoint to start from: of full precision, or '
+        'quantized to more bits (4 -> 3 -> 2)')
+    add('--resume', default='', metavar='FILE', help='checkpoint to continue; auto: that of --output_dir, if any')
+    add('--start_epoch', '--start-epoch', default=0, type=flags.non_negative_int)
+    add('--seed', default=0, type=flags.non_negative_int)
+    add('--device', help='cuda where there is one, else cpu')
+    add('--print-freq', default=10, type=flags.positive_int, help='batches between log lines')
+    add('--world_size', '--world-size', default=1, type=flags.positive_int,
+        help='processes to expect; the launcher starts them')
+    add('--dist_url', '--dist-url', default='env://', help='where they meet')
+    return parser
 
 
-def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The flags, over those of --config."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args([*flags.config_flags(parser, args.config), *(sys.argv[1:] if argv is None else argv)])
+    args.model_kwargs = dict(args.model_kwargs or [])
+    return args
+
+
+def plain(args: Namespace) -> Namespace:
+    """A copy of the flags that a checkpoint can hold: numbers, strings, None, and lists and dicts of them."""
+    return Namespace(**json.loads(json.dumps(vars(args))))
+
+
+# --- what all jobs begin with -----------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """Where a job runs, and what it starts from.
+
+    Attributes:
+        implementation: of `ops`, for the products of quantized layers.
+        checkpoint: what --resume names; None without.
+        checkpoint_info: the network in it.
+    """
+    device: torch.device
+    ranks: Ranks
+    implementation: str
+    checkpoint: dict[str, Any] | None
+    checkpoint_info: ModelInfo | None
+
+
+def prepare(args: Namespace) -> Setting:
     """Joins the processes, reads the checkpoint, and settles, says and saves how everything is going to run."""
     device_was_open = args.device is None
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    device = utils.init_distributed(args)
+    device, ranks = utils.init_distributed(args.device, args.world_size, args.dist_url)
+    args.rank, args.world_size = ranks
     if device_was_open and args.device == 'cpu':
         print('no CUDA GPU here: running on the CPU')
     if device.type == 'cpu':
         utils.keep_freed_memory()
-    args.native_kernels = enable_native_kernels(args.native_kernels, device)
+    implementation = ops.choose(args.native_kernels, device)
+    args.native_kernels = implementation == 'cpu'
     output = Path(args.output_dir) if args.output_dir else None
     if args.resume == 'auto':
         args.resume = str(output / 'checkpoint.pth') if (output / 'checkpoint.pth').is_file() else ''
@@ -82,95 +221,161 @@ def prepare(args: Namespace) -> tuple[torch.device, dict[str, Any] | None]:
     elif output and not args.resume and (output / 'checkpoint.pth').is_file():
         print(f'{output} holds an earlier run, which this one overwrites (--resume auto would continue it)')
     checkpoint = read_checkpoint(args.resume) if args.resume else None
-    resolve(args, checkpoint)
+    info = settle_network(args, checkpoint)
     effective_batch = args.batch_size * args.grad_accum_steps * args.world_size
     args.scaled_lr = args.lr * effective_batch / 512
-    run = utils.describe_run(args) | {'effective_batch': effective_batch, 'scaled_lr': args.scaled_lr}
+    run = describe_run(vars(plain(args)), device) | {'effective_batch': effective_batch, 'scaled_lr': args.scaled_lr}
     print(json.dumps(run))
-    if output and args.rank == 0 and not args.eval:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / 'args.json').write_text(json.dumps(run, indent=2) + '\n')
-        except OSError as error:
-            raise UserError(f'--output_dir {output} cannot be written ({error.strerror}): choose another') from error
-    return device, checkpoint
+    if output and ranks.rank == 0 and not args.eval:
+        write_args(run, output)
+    return Setting(device, ranks, implementation, checkpoint, info)
 
 
-def run_evaluation(args: Namespace) -> None:
-    device, checkpoint = prepare(args)
-    if checkpoint is None:
-        return run_post_training_quantization(args, device)
-    about = checkpoint.get('qvit', {})
-    head = checkpoint.get('model', checkpoint).get('head.weight')
-    args.nb_classes = about.get('num_classes', None if head is None else len(head))
-    _, dataset, num_classes = data.build_datasets(args)
-    if about.get('classes') not in (None, list(dataset.classes)):
+def settle_network(args: Namespace, checkpoint: dict[str, Any] | None) -> ModelInfo | None:
+    """Fills in the flags of network and data that were left open, by what the checkpoint says of itself."""
+    info = None
+    if checkpoint is not None:
+        info = network_info(args.resume, checkpoint, args.model, args.model_kwargs, args.input_size)
+        args.model, args.input_size, args.model_kwargs = info.model, info.input_size, dict(info.kwargs)
+        args.data_set = args.data_set or info.data_set
+    args.model = args.model or DEFAULT_MODEL
+    args.input_size = args.input_size or DEFAULT_SIZE
+    args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')
+    if args.data_set != 'DIGITS' and args.data_path is None:
+        raise UserError(f'{args.resume} is of {args.data_set}: pass its --data-path')
+    return info
+
+
+def build_datasets(args: Namespace, ranks: Ranks) -> tuple[SeededSamples, Dataset]:
+    """The training part and the evaluation part."""
+    source = pick(data.DataSource, vars(args))
+    with data.rank_0_first(ranks):
+        dataset = data.build_train_dataset(source, pick(Augmentation, vars(args)), args.soft_labels)
+        args.nb_classes = len(dataset.classes)
+        return dataset, data.build_eval_dataset(source, args.nb_classes)
+
+
+def build_student(args: Namespace, setting: Setting, num_classes: int) -> nn.Module:
+    """The network, with the weights that it starts from."""
+    model = networks.build_student(args.model, args.model_kwargs, num_classes, args.input_size, args.drop,
+                                   args.drop_path)
+    if setting.checkpoint is not None:
+        load_quantized(model, setting.checkpoint)
+    elif args.finetune:
+        for note in load_full_precision(model, read_checkpoint(args.finetune)):
+            print(f'--finetune: {note}')
+    ops.use(model, setting.implementation)
+    return model.to(setting.device)
+
+
+def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
+                      sampler: ResumableSampler | None = None) -> None:
+    """Gives the quantizers their scales in the way that --calibration names.
+
+    Args:
+        sampler: that of this rank's batches, the first of which the published calibration takes.
+    """
+    calibration = args.calibration or ('mse' if args.finetune else 'published')
+    if calibration == 'published' and sampler is not None:
+        images = data.first_batch_images(dataset, sampler, args.batch_size)
+    else:
+        source = pick(data.DataSource, vars(args))
+        images = data.calibration_images(dataset, source, args.calibration_images, args.seed)
+    if args.calibration is None:
+        print(f'--calibration {calibration}: {len(images)} images')
+    networks.calibrate_student(model, images, calibration)
+
+
+def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:
+    classes = list(dataset.classes)
+    return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set)
+
+
+# --- the jobs ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: Namespace, setting: Setting) -> None:
+    """Evaluates the network of a checkpoint, and the average of its weights where that is asked for."""
+    known = setting.checkpoint_info
+    with data.rank_0_first(setting.ranks):
+        dataset = data.build_eval_dataset(pick(data.DataSource, vars(args)), known.num_classes)
+    if known.classes not in (None, list(dataset.classes)):
         print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
-    model = networks.build_student(args, num_classes)
-    load_quantized(model, checkpoint)
+    model = build_student(args, setting, len(dataset.classes))
     if not is_calibrated(model):
         raise UserError(f'{args.resume} holds quantizers without steps: train it first')
-    loader = data.build_eval_loader(args, dataset)
-    evaluate_and_say('test', model.to(device), loader, device, args)
-    if args.model_ema and 'model_ema' in checkpoint:
-        load_quantized(model, {'model': checkpoint['model_ema']})
-        evaluate_and_say('test_ema', model, loader, device, args)
+    loader = data.build_eval_loader(dataset, pick(data.Loading, vars(args)), setting.ranks, setting.device)
+    loop = pick(Loop, vars(args))
+    evaluate_and_say('test', model, loader, setting.device, loop)
+    if args.model_ema and 'model_ema' in setting.checkpoint:
+        load_quantized(model, {'model': setting.checkpoint['model_ema']})
+        evaluate_and_say('test_ema', model, loader, setting.device, loop)
 
 
-def load_finetune(args: Namespace, model: nn.Module) -> None:
-    for note in load_full_precision(model, read_checkpoint(args.finetune)):
-        print(f'--finetune: {note}')
-
-
-def run_post_training_quantization(args: Namespace, device: torch.device) -> None:
-    dataset_train, dataset_val, num_classes = data.build_datasets(args)
+def calibrate(args: Namespace, setting: Setting) -> None:
+    """Post-training quantization: calibrates the network that --finetune starts, keeps and evaluates it."""
+    dataset, dataset_val = build_datasets(args, setting.ranks)
     utils.seed_everything(args.seed)  # of heads that start anew
-    model = networks.build_student(args, num_classes)
-    load_finetune(args, model)
-    networks.calibrate_student(args, model.to(device), dataset_train)
-    if args.output_dir and args.rank == 0:
-        about = model_info(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_val.classes),
-                            args.data_set)
-        state = {'model': model.state_dict(), 'epoch': -1, 'args': utils.plain_args(args), 'qvit': about}
+    model = build_student(args, setting, len(dataset.classes))
+    calibrate_student(args, model, dataset)
+    if args.output_dir and setting.ranks.rank == 0:
+        state = {'model': model.state_dict(), 'epoch': -1, 'args': plain(args),
+                 'qvit': describe_network(args, dataset_val).to_dict()}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_checkpoint(state, Path(args.output_dir) / 'calibrated.pth')
-    evaluate_and_say('test', model, data.build_eval_loader(args, dataset_val), device, args)
+    loader = data.build_eval_loader(dataset_val, pick(data.Loading, vars(args)), setting.ranks, setting.device)
+    evaluate_and_say('test', model, loader, setting.device, pick(Loop, vars(args)))
 
 
-def run_training(args: Namespace) -> None:
-    device, checkpoint = prepare(args)
+def train(args: Namespace, setting: Setting) -> None:
+    """Trains a network, from the start or from a checkpoint on."""
     # cuDNN's faster backward of the patch embedding adds in another order every time: no run could be resumed exactly.
     torch.backends.cudnn.deterministic = True
-    dataset_train, dataset_val, num_classes = data.build_datasets(args)
-    loader, sampler = data.build_train_loader(args, dataset_train)
+    device, ranks, loading = setting.device, setting.ranks, pick(data.Loading, vars(args))
+    dataset, dataset_val = build_datasets(args, ranks)
+    loader, sampler = data.build_train_loader(dataset, loading, ranks, device)
 
     utils.seed_everything(args.seed)  # alike on all ranks
-    model = networks.build_student(args, num_classes)
-    if checkpoint:
-        load_quantized(model, checkpoint)
-    elif args.finetune:
-        load_finetune(args, model)
-    model.to(device)
-    teacher = networks.build_teacher(args, num_classes)
-    criterion = networks.build_criterion(args, model, teacher if teacher is None else teacher.to(device))
-    utils.seed_everything(args.seed + args.rank)
+    model = build_student(args, setting, len(dataset.classes))
+    criterion = build_criterion(args, setting, model, len(dataset.classes))
+    utils.seed_everything(args.seed + ranks.rank)
     if not is_calibrated(model):
-        networks.calibrate_student(args, model, dataset_train, sampler)
-    training = build_training(args, model, device)
-    network = networks.wrap(args, model, device)  # now, with the parameters that are trained
-    args.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        calibrate_student(args, model, dataset, sampler)
+    training = build_training(
+        model, device, pick(OptimizerConfig, vars(args) | {'lr': args.scaled_lr}), pick(ScheduleConfig, vars(args)),
+        pick(Averaging, vars(args)), build_methods(model, pick(OscillationConfig, vars(args))), amp=args.amp,
+        seed=args.seed, start_epoch=args.start_epoch)
+    network = networks.wrap(model, device, args.compile)  # now, with the parameters that are trained
+    args.n_parameters = training.n_parameters
     print(f'number of params: {args.n_parameters}')
-    if checkpoint:
-        for note in training.resume(checkpoint, args):
-            print(f'{args.resume}: {note}')
-        done = training.epoch >= args.epochs + args.cooldown_epochs
-        print(f'{args.resume}: ' + (f'all {training.epoch} epochs are done, a larger --epochs would go on' if done else
-                                    f'continuing at epoch {training.epoch}, batch {training.step}'))
-    about = model_info(args.model, args.model_kwargs, num_classes, args.input_size, list(dataset_train.classes),
-                        args.data_set)
+    if setting.checkpoint is not None:
+        resume_and_say(args.resume, training, setting.checkpoint, pick(Position, vars(args)),
+                       pick(OptimizerConfig, vars(args)), pick(ScheduleConfig, vars(args)), ranks)
+
+    info, folder, record = describe_network(args, dataset), None, None
+    if args.output_dir:
+        folder = CheckpointFolder(Path(args.output_dir), ranks.rank == 0, plain(args), info)
+    if folder is not None and folder.is_writer:
+        record = RunRecord(folder.path, training, info, dataset_val, len(sampler.sampler) // args.batch_size,
+                           args.batch_size * ranks.world_size, vars(plain(args)), vars(plain(parse_args([]))))
+    loader_val = data.build_eval_loader(dataset_val, loading, ranks, device)
+    mixup = data.build_mixup(pick(data.Mixing, vars(args)), len(dataset.classes))
     with utils.StopRequest() as stop:
-        fit(network, training, criterion, loader, sampler, data.build_eval_loader(args, dataset_val),
-            data.build_mixup(args, num_classes), args, about, stop)
+        fit(network, training, criterion, loader, sampler, loader_val, pick(Loop, vars(args)), stop, mixup, folder,
+            record)
+
+
+def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_classes: int) -> nn.Module:
+    """The training loss, with the teacher where something is learned from one."""
+    teacher = None
+    if (args.distillation_type != 'none' or args.dgd_weight or args.token_weight) and not args.soft_labels:
+        teacher = networks.build_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size,
+                                         args.data_set).to(setting.device)
+        ops.use(teacher, setting.implementation)
+    dgd_weight = networks.settle_dgd_weight(args.dgd_weight, model, teacher, args.model)
+    distillation = pick(Distillation, vars(args) | {'dgd_weight': dgd_weight})
+    return networks.build_criterion(model, teacher, distillation, pick(data.Mixing, vars(args)),
+                                    stored_labels=bool(args.soft_labels))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +384,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         utils.print_on_rank_0()
         args = parse_args(argv)
         check_args(args)
-        run_evaluation(args) if args.eval else run_training(args)
+        setting = prepare(args)
+        if not args.eval:
+            train(args, setting)
+        elif setting.checkpoint is not None:
+            evaluate(args, setting)
+        else:
+            calibrate(args, setting)
     except (UserError, DivergedError) as error:
         utils.report(error)
         # Lets go of the data loaders, which end their workers; the interpreter would wait for these at its exit.

@@ -1,28 +1,27 @@
-"""Start-up of distributed runs, metric logging, and what a run records of itself; shared by the entry points."""
+"""What all entry points share: mistakes and flags, files, distributed start-up, randomness, metric logging."""
 
+import ast
 import ctypes
 import difflib
-import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 T = TypeVar('T')
@@ -34,13 +33,6 @@ class UserError(ValueError):
 
 class DivergedError(RuntimeError):
     """Training met a loss that is not finite: one line. Entry points exit with status 1."""
-
-
-class Parser(ArgumentParser):
-    """A parser whose complaints are the user's mistakes: one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f'{message} (--help lists the flags)')
 
 
 def closest(name: str, known: Collection[str]) -> str:
@@ -65,33 +57,31 @@ def report(error: Exception) -> None:
         print(f'error: {line}', file=sys.stderr, flush=True)
 
 
-def config_flags(parser: ArgumentParser, path: str) -> list[str]:
-    """The command line that says the same as the YAML file: types and choices are checked alike."""
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+class Parser(ArgumentParser):
+    """A parser whose complaints are the user's mistakes: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        # argparse says 'argument --num_workers/--num-workers: -1: choose ...' of a value that its type refuses.
+        refused = re.fullmatch(r'argument (?:\S+/)?(--\S+): (\S+: choose .*)', message)
+        if refused:
+            raise UserError(f'{refused[1]} {refused[2]}')
+        raise UserError(f'{message} (--help lists the flags)')
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """A type for `add_argument`: KEY=VALUE, where the value is a Python literal, a truth value in any case, or text."""
+    key, equals, value = text.partition('=')
+    if not (key.isidentifier() and equals):
+        raise ArgumentTypeError(f'{text!r} is not of the form key=value')
+    if value.lower() in ('true', 'false', 'none'):
+        value = value.capitalize()
     try:
-        config = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f'--config {path}: {error.strerror}') from error
-    except yaml.YAMLError as error:
-        raise UserError(f'--config {path} is not YAML: {" ".join(str(error).split())}') from error
-    if not isinstance(config, dict):
-        raise UserError(f'--config {path} is not a mapping of flags to values')
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
-    flags = []
-    for key, value in config.items():
-        dest = str(key).replace('-', '_')
-        if dest not in actions:
-            raise UserError(f'--config {path}: {key!r} is no flag, {closest(dest, actions)}')
-        flag = actions[dest].option_strings[0]
-        if isinstance(value, bool) and actions[dest].nargs == 0:
-            # Of a flag that has no --no- form, false is the default.
-            flags += [flag] if value else [f'--no-{flag[2:]}'] if len(actions[dest].option_strings) > 1 else []
-        elif isinstance(value, dict):
-            flags += [flag, *(f'{name}={item}' for name, item in value.items())]
-        elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
-        elif value is not None:
-            flags.append(f'{flag}={value}')
-    return flags
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
 
 
 # --- values and files -------------------------------------------------------------------------------------------------
@@ -148,36 +138,41 @@ def print_on_rank_0() -> None:
         sys.stdout.reconfigure(line_buffering=True)
 
 
-def init_distributed(args: Namespace) -> torch.device:
-    """Joins the processes of the run, if there are several, and returns this process' device.
+def init_distributed(device: str, world_size: int, dist_url: str) -> tuple[torch.device, Ranks]:
+    """Joins the processes of the run, if there are several. NCCL connects GPUs, gloo anything else.
 
-    Sets args.rank and args.world_size. NCCL connects GPUs, gloo anything else.
+    Args:
+        device: 'cuda' or 'cpu'; of several processes each gets a GPU of its own.
+        world_size: how many processes to expect, 1 for however many there are.
+        dist_url: where they meet.
+
+    Returns:
+        This process' device, and its number among those of the run.
 
     Raises:
         UserError: processes, GPUs or addresses do not fit together.
     """
-    args.rank, world, local_rank, local_world = launched_as()
-    if args.world_size not in (1, world):
-        raise UserError(f'--world_size {args.world_size}, but {world} process{"es" if world > 1 else ""} started: '
-                        f'start with torchrun --nproc_per_node={args.world_size}')
-    args.world_size = world
-    device = torch.device(args.device)
+    rank, world, local_rank, local_world = launched_as()
+    if world_size not in (1, world):
+        raise UserError(f'--world_size {world_size}, but {world} process{"es" if world > 1 else ""} started: '
+                        f'start with torchrun --nproc_per_node={world_size}')
+    own = torch.device(device)
     if world == 1:
-        return device
+        return own, Ranks(rank, world)
 
-    if device.type == 'cuda':
+    if own.type == 'cuda':
         if local_rank >= torch.cuda.device_count():
             raise UserError(f'{local_world} processes on a node with {torch.cuda.device_count()} GPUs: '
                             'start one process per GPU')
-        device = torch.device('cuda', local_rank)
-        torch.cuda.set_device(device)
+        own = torch.device('cuda', local_rank)
+        torch.cuda.set_device(own)
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    if args.dist_url == 'env://' and 'MASTER_ADDR' not in os.environ:
+    if dist_url == 'env://' and 'MASTER_ADDR' not in os.environ:
         _address_from_slurm()
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=args.dist_url, rank=args.rank,
+    dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', init_method=dist_url, rank=rank,
                             world_size=world, timeout=timedelta(minutes=30))
-    return device
+    return own, Ranks(rank, world)
 
 
 def _address_from_slurm() -> None:
@@ -195,7 +190,7 @@ def _address_from_slurm() -> None:
 
 
 def any_rank(*flags: bool, device: torch.device) -> list[bool]:
-    """Each flag, whether it is set on any rank. A collective, and a synchronisation with the device."""
+    """Says of each flag whether it is set on any rank. A collective, and a synchronisation with the device."""
     if not dist.is_initialized():
         return list(flags)
     agreed = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -222,21 +217,23 @@ class StopRequest:
 
 
 def outlive_signals(_worker: int) -> None:
-    """For data-loading workers: a signal to the whole process group must not cost the step in progress its data.
+    """Keeps a data-loading worker alive through a signal to the whole process group, until the parent has its batch.
 
-    SIGINT is left to the parent. SIGTERM ends a worker 20 s later, which is time for the parent to end its step; not
-    ignored, because it is also what the interpreter ends forgotten workers with when it exits.
+    SIGINT is left to the parent. SIGTERM ends a worker 20 s later, which is time for the parent to end its update; it
+    is not ignored, because the interpreter ends forgotten workers with it at its exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
-# --- randomness -------------------------------------------------------------------------------------------------------
+# --- memory and randomness --------------------------------------------------------------------------------------------
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what a training step freed for the next one. By default much of it goes back to the system, which
-    then clears it page by page: a twentieth of a quantized step. MALLOC_* variables of the environment have precedence.
+    """Lets glibc keep the memory that a training step freed for the next one.
+
+    By default much of it goes back to the system, which clears it page by page: a twentieth of a quantized step's time.
+    MALLOC_* variables of the environment have precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is None or any(name.startswith('MALLOC_') for name in os.environ):
@@ -267,6 +264,7 @@ def rng_states(device: torch.device) -> list[dict[str, Any]]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Sets this process' generators to one of the states that `rng_states` gave."""
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     kind, key, *rest = state['numpy']
@@ -338,7 +336,7 @@ class MetricLogger:
         self._waiting.append(values)
 
     def end_batch(self) -> bool:
-        """Counts and times the batch; whether a log line is due."""
+        """Counts and times the batch, and says whether a log line is due."""
         now = time.monotonic()
         self.batch_time.update(now - self._batch_started)
         self._batch_started = now
@@ -346,7 +344,7 @@ class MetricLogger:
         return (self.done - 1) % self.print_freq == 0 or self.done == self.total
 
     def read(self) -> bool:
-        """Brings what waits on the device to the host, in one copy; whether all of it is finite."""
+        """Brings what waits on the device to the host, in one copy, and says whether all of it is finite."""
         tensors = [value for values in self._waiting for value in values.values() if isinstance(value, Tensor)]
         numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else [])
         finite = True
@@ -387,38 +385,3 @@ class MetricLogger:
             sums = sums.to(self.device)
             dist.all_reduce(sums)
         return {name: total / max(count, 1) for name, (total, count) in zip(self.meters, sums.tolist(), strict=True)}
-
-
-# --- the record of a run ----------------------------------------------------------------------------------------------
-
-
-def plain_args(args: Namespace) -> Namespace:
-    """A copy of the flags that a checkpoint can hold: numbers, strings, None, and lists and dicts of them."""
-    return Namespace(**json.loads(json.dumps(vars(args))))
-
-
-def describe_run(args: Namespace) -> dict[str, Any]:
-    """The flags with all defaults resolved, and the versions that they ran with."""
-    folder = Path(__file__).resolve().parent
-    try:
-        git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], cwd=folder,
-                             capture_output=True, text=True, timeout=10)
-        commit = git.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else None
-    return {'args': vars(plain_args(args)), 'git_commit': commit, 'python': sys.version.split()[0],
-            'torch': torch.__version__, 'timm': timm.__version__, 'cuda': torch.version.cuda, 'gpu': gpu,
-            'command': sys.argv}
-
-
-def keep_log_before(path: Path, epoch: int) -> None:
-    """Drops the lines of log.txt from `epoch` on: a resumed run writes them again."""
-    def is_kept(line: str) -> bool:
-        try:
-            return json.loads(line)['epoch'] < epoch
-        except ValueError:  # cut off when the earlier run was killed
-            return False
-
-    if path.is_file():
-        path.write_text(''.join(f'{line}\n' for line in path.read_text().splitlines() if is_kept(line)))

@@ -1,125 +1,119 @@
-"""The networks of a run, built from its flags: student, teacher, criterion."""
+"""The networks of a run: student, teacher, the loss that compares them, and what is called in training."""
 
 import inspect
-import itertools
-from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from _quan_base import calibrate, is_calibrated
 from calibration.closed_form import calibrate_to_full_precision
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
-from checkpoints.networks import create_from_checkpoint, load_quantized
-from datasets import SeededSamples, build_transform
-from losses import DistillationLoss, check_dgd_compatible
+from checkpoints.networks import create_network, load_quantized, network_info, state_of
+from losses import Distillation, DistillationLoss, check_dgd_compatible
 from models import Teacher
 from quant_vision_transformer import QVisionTransformer
-from samplers import ResumableSampler
-from training.data import mixes
+from training.data import Mixing
 from utils import UserError
 
-# --- networks ---------------------------------------------------------------------------------------------------------
+__all__ = ['CALIBRATIONS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
+           'settle_dgd_weight', 'wrap']
+
+CALIBRATIONS = ('published', 'mse')
 
 
-def _create(flag: str, name: str, num_classes: int, input_size: int, drop: float = 0., **kwargs: Any) -> nn.Module:
-    """A network of timm's registry, for images of (input_size, input_size)."""
-    of_transformer = {'pos_drop_rate': drop, 'proj_drop_rate': drop} if drop else {}
-    try:
-        try:
-            return timm.create_model(name, img_size=input_size, num_classes=num_classes, **of_transformer, **kwargs)
-        except TypeError as error:
-            if "'img_size'" not in str(error):
-                raise
-            # Not a vision transformer: its weights do not depend on the image size.
-            return timm.create_model(name, num_classes=num_classes, drop_rate=drop, **kwargs)
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(f'{flag} {name} cannot be built ({reason}): correct its options or --input-size') from error
+# --- the student ------------------------------------------------------------------------------------------------------
 
 
-def build_student(args: Namespace, num_classes: int) -> nn.Module:
-    """The network that `--model` and `--model-kwargs` name, not yet calibrated."""
-    student = _create('--model', args.model, num_classes, args.input_size, args.drop,
-                      **({'drop_path_rate': args.drop_path} | args.model_kwargs))
+def build_student(name: str, kwargs: Mapping[str, Any], num_classes: int, input_size: int, drop: float = 0.,
+                  drop_path: float = 0.) -> nn.Module:
+    """The network of timm's registry to be trained, not yet calibrated.
+
+    Args:
+        kwargs: options of the network; these win over `drop_path`.
+        drop: dropout.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    options = {'drop_path_rate': drop_path, **kwargs}
+    if drop:
+        student = _create_with_dropout(name, num_classes, input_size, drop, options)
+    else:
+        student = create_network(name, num_classes, input_size, **options)
     if hasattr(student, 'set_distilled_training'):  # timm's distilled networks return the mean of their heads otherwise
         student.set_distilled_training(True)
     return student
 
 
-CALIBRATIONS = ('published', 'mse')
+def _create_with_dropout(name: str, num_classes: int, input_size: int, drop: float, options: dict[str, Any],
+                         ) -> nn.Module:
+    try:
+        return create_network(name, num_classes, input_size, pos_drop_rate=drop, proj_drop_rate=drop, **options)
+    except UserError as error:
+        if 'pos_drop_rate' not in str(error):
+            raise
+        return create_network(name, num_classes, input_size, drop_rate=drop, **options)  # not a vision transformer
 
 
-def calibrate_student(args: Namespace, student: nn.Module, dataset: SeededSamples,
-                      sampler: ResumableSampler | None = None) -> None:
-    """Gives the quantizers their steps in the way that --calibration names, alike on all ranks.
+def calibrate_student(student: nn.Module, images: Tensor, calibration: str) -> None:
+    """Gives the quantizers their scales, alike on all ranks.
 
     Args:
         student: on its device, with the weights to start from.
-        dataset: the training part.
-        sampler: that of this rank's batches, the first of which the published calibration takes; without it, and for
-            the others, the images are drawn from the seed and transformed as in evaluation.
+        images: (B, 3, H, W), on any device.
+        calibration: 'published', by the rule for the first batch; 'mse', scales, weights and IRM fitted to the
+            full-precision network.
     """
-    name = args.calibration or ('mse' if args.finetune else 'published')
-    if name == 'published' and sampler is not None:
-        images = [dataset[index][0] for index in itertools.islice(sampler, args.batch_size)]
-    else:
-        augmented, dataset.base.transform = dataset.base.transform, build_transform(False, args)
-        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-        images = [dataset[index][0] for index in drawn[:args.calibration_images].tolist()]
-        dataset.base.transform = augmented
-    images = torch.stack(images).to(next(student.parameters()).device)
-    if args.calibration is None:
-        print(f'--calibration {name}: {len(images)} images')
-    (calibrate if name == 'published' else calibrate_to_full_precision)(student, images)
+    images = images.to(next(student.parameters()).device)
+    (calibrate if calibration == 'published' else calibrate_to_full_precision)(student, images)
 
 
-def build_teacher(args: Namespace, num_classes: int) -> nn.Module | None:
-    """The network that `--teacher-model` and `--teacher-path` name; None if nothing is learned from one.
+# --- the teacher ------------------------------------------------------------------------------------------------------
+
+
+def build_teacher(name: str | None, path: str | None, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+    """The network to learn from.
+
+    Args:
+        name: timm's; None where the file says it.
+        path: of its checkpoint; None or '' for timm's pretrained weights.
+        num_classes, input_size, data_set: those of the run, which it has to fit.
 
     Raises:
         UserError: its weights cannot be had, or it is for other images or classes.
     """
-    if args.distillation_type == 'none' and not args.dgd_weight and not args.token_weight or args.soft_labels:
-        return None
-    teacher = _teacher_from_file(args, num_classes) if args.teacher_path else _pretrained_teacher(args, num_classes)
+    if path:
+        teacher = _teacher_from_file(name, path, num_classes, input_size, data_set)
+    else:
+        teacher = _pretrained_teacher(name, num_classes, input_size, data_set)
     if not is_calibrated(teacher):
-        raise UserError(f'--teacher-model {args.teacher_model} is quantized and not calibrated: choose a '
-                        'full-precision one')
+        raise UserError(f'--teacher-model {name} is quantized and not calibrated: choose a full-precision one')
     return teacher
 
 
-def _check_classes(args: Namespace, teacher_classes: int, num_classes: int) -> None:
+def _check_classes(teacher: str, teacher_classes: int, num_classes: int, data_set: str) -> None:
     if teacher_classes != num_classes:
-        raise UserError(f'the teacher {args.teacher_path or args.teacher_model} has {teacher_classes} classes, '
-                        f'{args.data_set} has {num_classes}: choose a teacher of this data set')
+        raise UserError(f'the teacher {teacher} has {teacher_classes} classes, {data_set} has {num_classes}: choose a '
+                        'teacher of this data set')
 
 
-def _teacher_from_file(args: Namespace, num_classes: int) -> nn.Module:
-    checkpoint = read_checkpoint(args.teacher_path)
-    about = checkpoint.get('qvit')
-    if about is not None:  # the file describes its network
-        if args.teacher_model not in (None, about['model']):
-            raise UserError(f'--teacher-model {args.teacher_model}, but {args.teacher_path} is of {about["model"]}: '
-                            'leave the flag out')
-        if about['input_size'] != args.input_size:
-            raise UserError(f'the teacher {args.teacher_path} is for --input-size {about["input_size"]}, '
-                            f'not {args.input_size}')
-        _check_classes(args, about['num_classes'], num_classes)
-        return create_from_checkpoint(checkpoint)
-    if args.teacher_model is None:
-        raise UserError(f'--teacher-path {args.teacher_path} does not say which network it holds: name it with '
-                        '--teacher-model')
-    teacher = _create('--teacher-model', args.teacher_model, num_classes, args.input_size)
-    head = checkpoint.get('model', checkpoint).get('head.weight')
+def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+    checkpoint = read_checkpoint(path)
+    if 'qvit' in checkpoint:
+        return _described_teacher(name, path, checkpoint, num_classes, input_size, data_set)
+    if name is None:
+        raise UserError(f'--teacher-path {path} does not say which network it holds: name it with --teacher-model')
+    teacher = create_network(name, num_classes, input_size, what='--teacher-model')
+    head = state_of(checkpoint).get('head.weight')
     if head is not None:
-        _check_classes(args, len(head), num_classes)
+        _check_classes(path, len(head), num_classes, data_set)
     if isinstance(teacher, QVisionTransformer):
         load_quantized(teacher, checkpoint)
         return teacher
@@ -128,54 +122,90 @@ def _teacher_from_file(args: Namespace, num_classes: int) -> nn.Module:
     return teacher
 
 
-def _pretrained_teacher(args: Namespace, num_classes: int) -> nn.Module:
-    published = timm.get_pretrained_cfg(args.teacher_model)
+def _described_teacher(name: str | None, path: str, checkpoint: dict[str, Any], num_classes: int, input_size: int,
+                       data_set: str) -> nn.Module:
+    info = network_info(path, checkpoint)
+    if name not in (None, info.model):
+        raise UserError(f'--teacher-model {name}, but {path} is of {info.model}: leave the flag out')
+    if info.input_size != input_size:
+        raise UserError(f'the teacher {path} is for --input-size {info.input_size}, not {input_size}')
+    _check_classes(path, info.num_classes, num_classes, data_set)
+    teacher = create_network(info.model, info.num_classes, info.input_size, what=f'{path}:', **info.kwargs)
+    load_quantized(teacher, checkpoint)
+    return teacher
+
+
+def _pretrained_teacher(name: str, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+    published = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
-        raise UserError(f'--teacher-model {args.teacher_model} has no published weights: give its checkpoint with '
-                        '--teacher-path')
-    _check_classes(args, published.num_classes, num_classes)
+        raise UserError(f'--teacher-model {name} has no published weights: give its checkpoint with --teacher-path')
+    _check_classes(name, published.num_classes, num_classes, data_set)
     try:
-        return _create('--teacher-model', args.teacher_model, num_classes, args.input_size, pretrained=True)
+        return create_network(name, num_classes, input_size, what='--teacher-model', pretrained=True)
     except UserError:
         raise
     except Exception as error:  # whatever the hub's and the network's libraries raise where there is no connection
-        raise UserError(f'the weights of --teacher-model {args.teacher_model} cannot be downloaded '
-                        f'({type(error).__name__}): give them with --teacher-path') from error
+        raise UserError(f'the weights of --teacher-model {name} cannot be downloaded ({type(error).__name__}): give '
+                        'them with --teacher-path') from error
 
 
-def build_criterion(args: Namespace, student: nn.Module, teacher: nn.Module | None) -> DistillationLoss:
-    """The training loss. Says whether DGD is part of it where --dgd-weight leaves that open.
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def settle_dgd_weight(weight: float | None, student: nn.Module, teacher: nn.Module | None, name: str) -> float:
+    """The weight of DGD: the one given; where that is None, 1 if the two networks can be compared, which is said.
+
+    Args:
+        name: of the student.
 
     Raises:
-        UserError: DGD was asked for, but the attention of the two networks cannot be compared.
+        UserError: DGD is asked for, but the attention of the two networks cannot be compared.
     """
-    weight = args.dgd_weight or 0.
-    if teacher is not None and args.dgd_weight != 0:
-        reason = None if isinstance(student, QVisionTransformer) else f'student {args.model} is not quantized'
-        reason = reason or check_dgd_compatible(student, teacher)
-        if args.dgd_weight is None:
-            weight = 0. if reason else 1.
-            print(f'--dgd-weight {weight:g}: ' + (reason or 'the layers and heads of the teacher match'))
-        elif reason:
-            raise UserError(f'--dgd-weight {weight:g} cannot be used, {reason}: pass --dgd-weight 0')
-    if mixes(args):
+    if teacher is None or weight == 0:
+        return weight or 0.
+    reason = None if isinstance(student, QVisionTransformer) else f'student {name} is not quantized'
+    reason = reason or check_dgd_compatible(student, teacher)
+    if weight is None:
+        weight = 0. if reason else 1.
+        print(f'--dgd-weight {weight:g}: ' + (reason or 'the layers and heads of the teacher match'))
+    elif reason:
+        raise UserError(f'--dgd-weight {weight:g} cannot be used, {reason}: pass --dgd-weight 0')
+    return weight
+
+
+def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation: Distillation, mixing: Mixing,
+                    stored_labels: bool = False) -> DistillationLoss:
+    """The training loss.
+
+    Args:
+        mixing: whether labels are distributions over the classes, or smoothed.
+        stored_labels: the teacher's answers come with the labels.
+
+    Raises:
+        UserError: tokens are to be compared, but the two networks differ in depth or width.
+    """
+    if mixing.active:
         base = SoftTargetCrossEntropy()
     else:
-        base = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-    if args.token_weight:
+        base = LabelSmoothingCrossEntropy(mixing.smoothing) if mixing.smoothing else nn.CrossEntropyLoss()
+    compares_tokens = distillation.token_weight > 0
+    if compares_tokens:
         blocks = [[getattr(net, 'embed_dim', None)] * len(getattr(net, 'blocks', [])) for net in (student, teacher)]
         if not blocks[0] or blocks[0] != blocks[1]:
-            raise UserError(f'--token-weight {args.token_weight}: the teacher differs from the student in depth or '
-                            'width, pass 0 or choose another teacher')
-    wrapped = None if teacher is None else Teacher(teacher, return_qk=weight > 0, keep_tokens=args.token_weight > 0)
-    return DistillationLoss(base, wrapped, args.distillation_type, args.distillation_alpha, args.distillation_tau,
-                            weight, getattr(student, 'num_prefix_tokens', 1), args.token_weight, student,
-                            stored_labels=bool(args.soft_labels))
+            raise UserError(f'--token-weight {distillation.token_weight}: the teacher differs from the student in '
+                            'depth or width, pass 0 or choose another teacher')
+    watched = None
+    if teacher is not None:
+        watched = Teacher(teacher, return_qk=distillation.dgd_weight > 0, return_tokens=compares_tokens)
+    return DistillationLoss(base, watched, distillation, getattr(student, 'num_prefix_tokens', 1), stored_labels)
 
 
-def wrap(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
+# --- what is called in training ---------------------------------------------------------------------------------------
+
+
+def wrap(model: nn.Module, device: torch.device, compile: bool = False) -> nn.Module:
     """What to call in training: the model, compiled if asked for, within DistributedDataParallel if there are ranks."""
-    if args.compile:
+    if compile:
         model.compile()  # in place: names in checkpoints stay as they are
     if not dist.is_initialized():
         return model

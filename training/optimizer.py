@@ -6,7 +6,8 @@ The published recipe is `--opt fusedlamb` at weight decay 0: NVIDIA apex's Fused
 
 import difflib
 import functools
-from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import timm.optim
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from _quan_base import named_quantizers
 from utils import UserError
 
-__all__ = ['build_optimizer']
+__all__ = ['OptimizerConfig', 'build_optimizer']
 
 # apex's own defaults, spelled out so that neither library's can drift away from the published update. timm's Lamb
 # always adds the decay to the update (adam_w_mode) and by always_adapt=False skips the trust ratio where there is no
@@ -28,24 +29,40 @@ _APEX_ONLY = {'adam_w_mode': True, 'use_nvlamb': False}
 _TIMM_ONLY = {'trust_clip': False, 'always_adapt': False}
 
 
-def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimizer, and the values that it takes; None leaves a value to the optimizer.
+
+    Attributes:
+        lr: the learning rate itself, scaled to the images of an update.
+        step_lr_scale: learning rate of the quantizers' scales and zero points, in units of `lr`.
+    """
+    opt: str = 'adamw'
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    opt_eps: float | None = None
+    opt_betas: Sequence[float] | None = None
+    step_lr_scale: float = 1.
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `--opt` names, over the parameters of `model` that require gradients.
 
-    One-dimensional parameters (biases, norms, quantizer steps and zero points) and those that `model.no_weight_decay()`
-    names (position embedding, class and distillation token) get no weight decay. Steps and zero points of quantizers
-    learn at `step_lr_scale` times the rate; the scheduler multiplies it in. `fusedlamb` is apex's where it can be
-    used, else timm's Lamb with the same update; a line is printed once when it is timm's.
+    One-dimensional parameters (biases, norms, scales and zero points of quantizers) and those that
+    `model.no_weight_decay()` names (position embedding, class and distillation token) get no weight decay. Scales and
+    zero points learn at `step_lr_scale` times the rate; the scheduler multiplies it in. `fusedlamb` is apex's where it
+    can be used, else timm's Lamb with the same update; a line is printed once when it is timm's.
 
     Args:
-        args: opt, lr, weight_decay, momentum; opt_eps and opt_betas where not None; step_lr_scale, 1 unless given.
         model: not wrapped in DDP, which hides `no_weight_decay`.
 
     Raises:
         UserError: no optimizer of that name, one that is not installed, or values that it does not take.
     """
     assert not isinstance(model, DistributedDataParallel), 'build the optimizer from the model inside DDP (.module)'
-    kwargs = timm.optim.optimizer_kwargs(args)
-    kwargs['opt'] = name = args.opt.lower()
+    kwargs = timm.optim.optimizer_kwargs(config)
+    kwargs['opt'] = name = config.opt.lower()
     if name == 'fusedlamb':
         if _apex_is_usable():
             kwargs.update(_LAMB, **_APEX_ONLY)
@@ -54,29 +71,29 @@ def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
             kwargs.update(_LAMB, **_TIMM_ONLY, opt='lamb')
     else:
         _check_name(name)
-    parameters = _by_learning_rate(model, kwargs, getattr(args, 'step_lr_scale', 1.))
+    parameters = _by_learning_rate(model, kwargs, config.step_lr_scale)
     try:
         return timm.optim.create_optimizer_v2(parameters, **kwargs)
     # timm and the optimizers refuse with whichever of these: unknown, not installed, needs CUDA, bad or unknown value.
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition('\n')[0] or type(error).__name__
-        raise UserError(f'--opt {args.opt} cannot be used ({reason}): '
+        raise UserError(f'--opt {config.opt} cannot be used ({reason}): '
                         'correct the optimizer flags or choose another, e.g. --opt adamw') from error
 
 
 def _by_learning_rate(model: nn.Module, kwargs: dict[str, Any], step_lr_scale: float) -> nn.Module | list[dict]:
-    """What to optimize: groups of parameters where steps learn at a rate of their own."""
+    """What to optimize: the model, or groups of its parameters where scales and zero points have their own rate."""
     if step_lr_scale == 1:
         return model
-    # At lr 1e-4 an Adam-like update moves every parameter by about 1e-4: little for a weight, much for a step of 0.02.
-    steps = {id(parameter) for _, quantizer in named_quantizers(model)
-             for name, parameter in quantizer.named_parameters(recurse=False) if name in ('alpha', 'zero_point')}
+    # At lr 1e-4 an Adam-like update moves every parameter by about 1e-4: little for a weight, much for a scale of 0.02.
+    own_rate = {id(parameter) for _, quantizer in named_quantizers(model)
+                for name, parameter in quantizer.named_parameters(recurse=False) if name in ('alpha', 'zero_point')}
     decay = kwargs.pop('weight_decay')
     exempt = getattr(model, 'no_weight_decay', set)()
     groups = []
     for group in param_groups_weight_decay(model, decay, no_weight_decay_list=exempt):
-        chosen = [parameter for parameter in group['params'] if id(parameter) in steps]
-        others = [parameter for parameter in group['params'] if id(parameter) not in steps]
+        chosen = [parameter for parameter in group['params'] if id(parameter) in own_rate]
+        others = [parameter for parameter in group['params'] if id(parameter) not in own_rate]
         groups += [group | {'params': others}] if others else []
         groups += [group | {'params': chosen, 'lr_scale': step_lr_scale}] if chosen else []
     return groups

@@ -8,8 +8,8 @@ change of its code has the opposite sign of the change before (Section 3); with 
     dampening     weight * sum |clamp(w, qn alpha, qp alpha) - w_hat|^2, no gradient to w_hat and alpha (Section 4.1)
     freezing      once f exceeds a threshold, w stays at round(mean) alpha, whatever alpha becomes (Section 4.2)
 
-The weight of dampening rises from 0 by half a cosine, the threshold may fall by one. Weights of 8 bits, those of patch
-embedding and heads, are left alone: a code of theirs is too little to matter.
+alpha is the scale in use. The weight of dampening rises from 0 by half a cosine, the threshold may fall by one. Weights
+of 8 bits, those of patch embedding and heads, are left alone: a code of theirs is too little to matter.
 
 Cost: none in the deployed network. For each weight and update, about 10 elementwise operations of tracking and
 freezing, 5 of dampening and as many of its gradient; 11 bytes of state.
@@ -18,51 +18,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from _quan_base import block_weights
+from training.methods import Method
 from utils import UserError
 
-__all__ = ['OSCILLATING', 'Oscillations']
+__all__ = ['OSCILLATING', 'OscillationConfig', 'Oscillations']
 
 MOMENTUM = 0.01  # of the averages: they look back over some 100 updates
 OSCILLATING = 0.005  # the frequency from which a weight counts as oscillating
+
+
+@dataclass(frozen=True)
+class OscillationConfig:
+    """What is done about oscillations.
+
+    Attributes:
+        oscillation_dampening: weight of dampening at the end of the run, 0 for none.
+        oscillation_freezing: the threshold of freezing, or its values at the start and the end of the run; None or
+            empty for no freezing.
+    """
+    oscillation_dampening: float = 0.
+    oscillation_freezing: Sequence[float] | None = None
+
+    @property
+    def active(self) -> bool:
+        return bool(self.oscillation_dampening or self.oscillation_freezing)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Oscillations:
+def _scale(layer: nn.Module) -> Tensor:
+    """The scale that the layer's weight is quantized with, broadcastable against it."""
+    return layer.scale.view(-1, *[1] * (layer.weight.ndim - 1))
+
+
+class Oscillations(Method):
     """Tracks, dampens and freezes the weights of a calibrated network's blocks.
 
-        oscillations = Oscillations(model, dampening=0.1, freezing=[0.02, 0.01])
-        loss = loss + oscillations.dampening(progress)              # progress: done share of the run, in [0, 1]
-        ...; optimizer.step(); clamp_steps_(model); oscillations.update(progress)
-
-    All of it follows from the weights, so that ranks with the same weights agree, and nothing is read to the host.
+    Every code follows from the weights, so that ranks with the same weights agree, and nothing is read to the host.
 
     Args:
         model: outside any wrapper, on its device.
-        dampening: weight at the end of the run, 0 for none.
-        freezing: the threshold, or its values at the start and the end of the run; None or empty for no freezing.
+        config: without dampening and freezing, oscillations are tracked alone.
         momentum: m.
 
     Raises:
         UserError: the network has no weights of fewer than 8 bits.
     """
 
+    name = 'oscillations'
+    without_state = 'their frequencies start from zero'
+    left_out = 'not taken without --oscillation-dampening or --oscillation-freezing, frozen weights are free'
     STATE = ('codes', 'direction', 'frequency', 'mean', 'frozen')
 
-    def __init__(self, model: nn.Module, dampening: float = 0., freezing: Sequence[float] | None = None,
-                 momentum: float = MOMENTUM) -> None:
+    def __init__(self, model: nn.Module, config: OscillationConfig, momentum: float = MOMENTUM) -> None:
         self.layers = block_weights(model)
         if not self.layers:
             raise UserError(f'{type(model).__name__} has no weights of fewer than 8 bits that could oscillate: '
                             'leave out the --oscillation flags')
-        self.weight, self.freezing, self.momentum = dampening, tuple(freezing or ()), momentum
+        self.weight, self.freezing = config.oscillation_dampening, tuple(config.oscillation_freezing or ())
+        self.momentum = momentum
         self.states = {name: self._start(layer.to_int()) for name, layer in self.layers.items()}
 
     @staticmethod
@@ -71,24 +93,21 @@ class Oscillations:
         return {'codes': codes, 'direction': torch.zeros_like(codes), 'frequency': codes.new_zeros(codes.shape).float(),
                 'mean': codes.float(), 'frozen': torch.zeros_like(codes, dtype=torch.bool)}
 
+    def loss_parts(self, progress: float) -> dict[str, Tensor]:
+        return {'loss_dampening': self.dampening(progress)} if self.weight else {}
+
     def dampening(self, progress: float) -> Tensor:
-        """The regulariser at its weight of now, 0-dim, to be added to the loss."""
+        """The regulariser at its weight of now, 0-dim."""
         terms = []
         for layer in self.layers.values():
-            step, (qn, qp) = layer.weight_qparams().step.detach(), layer.code_range
-            # Ends of the range are codes' centres too: beyond them the clamped weight is one, and has no gradient.
-            terms.append((layer.weight.clamp(qn * step, qp * step) - layer.quantized_weight()).square().sum())
+            scale, (qn, qp) = _scale(layer), layer.code_range
+            # The ends of the range are the centres of its outermost codes, so that a weight beyond an end, clamped to
+            # it, is at its code's centre and gets no gradient.
+            terms.append((layer.weight.clamp(qn * scale, qp * scale) - layer.quantized_weight()).square().sum())
         return torch.stack(terms).sum() * _cosine(0., self.weight, progress)
 
-    def add_dampening(self, parts: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
-        """The parts of a loss with the regulariser in 'loss', and by itself as 'loss_dampening'."""
-        if not self.weight:
-            return parts
-        term = self.dampening(progress)
-        return parts | {'loss': parts['loss'] + term, 'loss_dampening': term.detach()}
-
     @torch.no_grad()
-    def update(self, progress: float) -> None:
+    def after_update(self, progress: float) -> None:
         """Takes the codes that an update of the weights led to, and freezes weights where that is due."""
         threshold = _cosine(self.freezing[0], self.freezing[-1], progress) if self.freezing else None
         for name, layer in self.layers.items():
@@ -104,14 +123,14 @@ class Oscillations:
             last.copy_(codes)
             if threshold is not None:
                 now = (state['frequency'] > threshold) & ~frozen
-                mean.copy_(torch.where(now, mean.round(), mean))  # of a frozen weight: the code that it is held at
+                mean.copy_(torch.where(now, mean.round(), mean))  # for a frozen weight, the code that it is held at
                 frozen.logical_or_(now)
                 last.copy_(torch.where(now, mean.to(torch.int8), last))
-                held = mean.to(layer.weight.dtype) * layer.weight_qparams().step
+                held = mean.to(layer.weight.dtype) * _scale(layer)
                 layer.weight.copy_(torch.where(frozen, held, layer.weight))
 
     def shares(self) -> dict[str, dict[str, Tensor]]:
-        """The shares of 'oscillating' and of 'frozen' weights in every layer, 0-dim; frozen ones have stopped."""
+        """The shares of 'oscillating' and of 'frozen' weights in every layer; a frozen weight has stopped."""
         return {name: {'oscillating': ((state['frequency'] > OSCILLATING) & ~state['frozen']).float().mean(),
                        'frozen': state['frozen'].float().mean()} for name, state in self.states.items()}
 
@@ -119,11 +138,6 @@ class Oscillations:
         return {name: dict(state) for name, state in self.states.items()}
 
     def load_state_dict(self, states: dict[str, dict[str, Tensor]]) -> None:
-        """Continues from a `state_dict`.
-
-        Raises:
-            ValueError: it is of another network.
-        """
         shapes = [{name: state['codes'].shape for name, state in each.items()} for each in (states, self.states)]
         if shapes[0] != shapes[1]:
             raise ValueError('the oscillations are those of another network')

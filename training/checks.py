@@ -1,0 +1,111 @@
+"""The checks of main.py's flags that need nothing but the flags: unknown names, missing files, contradictions.
+
+Types and ranges are checked where the flags are parsed.
+"""
+
+import os
+from argparse import Namespace
+
+import timm
+import torch
+from torch import nn
+
+from training.data import Mixing
+from training.optimizer import OptimizerConfig, build_optimizer
+from utils import UserError, closest, pick
+
+__all__ = ['check_args']
+
+
+def check_args(args: Namespace) -> None:
+    """Refuses what cannot be meant, before any data is touched.
+
+    Raises:
+        UserError: the first mistake, in one line.
+    """
+    _check_model(args)
+    _check_device(args)
+    _check_files(args)
+    if not args.eval:
+        _check_teacher(args)
+        _check_training(args)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check_model(args: Namespace) -> None:
+    for flag, name in (('--model', args.model), ('--teacher-model', args.teacher_model)):
+        if name is not None:
+            _require(timm.is_model(name), f'{flag} {name} is unknown: {closest(name, timm.list_models())}')
+    for name in ('num_classes', 'img_size'):
+        _require(name not in args.model_kwargs, f'--model-kwargs {name}: the class count follows from the data set, '
+                                                'the image size from --input-size')
+    frequencies = args.oscillation_freezing or []
+    _require(len(frequencies) <= 2, f'--oscillation-freezing {" ".join(map(str, frequencies))}: choose one value '
+                                    'between 0 and 1, or two')
+
+
+def _check_device(args: Namespace) -> None:
+    cuda = torch.cuda.is_available()
+    try:
+        kind = torch.device(args.device or ('cuda' if cuda else 'cpu')).type
+    except RuntimeError as error:
+        raise UserError(f'--device {args.device} is unknown: choose cuda or cpu') from error
+    _require(kind != 'cuda' or cuda, f'--device {args.device}: PyTorch finds no CUDA GPU here, choose cpu')
+    _require(args.amp != 'fp16' or kind != 'cpu', '--amp fp16 needs a GPU: choose bf16 or none')
+    _require(not args.native_kernels or kind == 'cpu', f'--native-kernels are for CPUs, not {kind}: leave it out, or '
+                                                       'choose --device cpu')
+
+
+def _check_files(args: Namespace) -> None:
+    """Looks at what the run starts from and reads."""
+    _require(args.data_set in (None, 'DIGITS') or args.data_path is not None, f'--data-set {args.data_set} needs '
+                                                                              '--data-path')
+    _require(not args.eval or bool(args.resume or args.finetune), '--eval needs --resume, the checkpoint to evaluate, '
+             'or --finetune, full-precision weights to calibrate')
+    # With --resume auto, --finetune is how the run starts, and the same command line continues it.
+    _require(args.resume in ('', 'auto') or not args.finetune, '--resume continues a run and --finetune starts one: '
+                                                               'choose one')
+    _require(not (args.resume and args.start_epoch), '--start_epoch: the checkpoint of --resume says the epoch')
+    _require(args.resume != 'auto' or bool(args.output_dir), '--resume auto looks into --output_dir: name it')
+    for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path),
+                       ('--soft-labels', args.soft_labels)):
+        _require(not path or path == 'auto' or path.startswith('https://') or os.path.isfile(path),
+                 f'{flag} {path}: no such file')
+
+
+def _check_teacher(args: Namespace) -> None:
+    """Looks at whether there is a teacher just where something is learned from one."""
+    weights = [f'--{name}-weight {weight}' for name, weight in (('dgd', args.dgd_weight), ('token', args.token_weight))
+               if weight]
+    is_distilled = args.distillation_type != 'none'
+    named = bool(args.teacher_model or args.teacher_path)
+    if args.soft_labels:
+        _require(is_distilled, '--soft-labels: pass --distillation-type soft, hard or both')
+        _require(not weights, ''.join(weights[:1]) + ' needs a teacher, not --soft-labels: choose one')
+        _require(not named, '--soft-labels stand in for a teacher: choose one')
+        _require(not pick(Mixing, vars(args)).active, '--soft-labels are of single images: pass --mixup 0 --cutmix 0')
+    learning = [f'--distillation-type {args.distillation_type}'] * is_distilled + weights
+    _require(not learning or named or bool(args.soft_labels), ''.join(learning[:1]) + ' needs a teacher: name it with '
+             '--teacher-model, or give a self-describing checkpoint of it with --teacher-path')
+    _require(bool(learning) or not named, 'the teacher has nothing to do: pass --distillation-type hard or soft, or a '
+                                          '--dgd-weight')
+
+
+def _check_training(args: Namespace) -> None:
+    _require(not (args.sched_on_updates and args.lr_noise), '--lr-noise is by epochs, --sched-on-updates by updates: '
+             'choose one')
+    _require(args.calibration != 'mse' or bool(args.finetune or args.resume), '--calibration mse fits to '
+             'full-precision weights: name them with --finetune')
+    if args.warmup_epochs >= args.epochs:
+        print(f'warning: --warmup-epochs {args.warmup_epochs} is all of --epochs: the learning rate stays '
+              'below --lr')
+    _require(not args.model_ema_force_cpu or args.model_ema, '--model-ema-force-cpu needs --model-ema')
+    _require(not pick(Mixing, vars(args)).active or args.batch_size % 2 == 0,
+             f'--batch-size {args.batch_size}: mixup and cutmix need an even one')
+    _require('adahessian' not in args.opt.lower(), '--opt adahessian needs second derivatives, which quantizers do not '
+                                                   'have: choose another')
+    build_optimizer(pick(OptimizerConfig, vars(args)), nn.Linear(1, 1))

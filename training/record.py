@@ -1,0 +1,131 @@
+"""What a run records of itself in its output folder: args.json, log.txt, TensorBoard, and the model card."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+
+from analysis.model_card import write_model_card
+from checkpoints.networks import ModelInfo
+from training.diagnostics import Diagnostics, warning_lines
+from training.state import Training
+from utils import MetricLogger, UserError
+
+__all__ = ['RunRecord', 'describe_run', 'keep_log_before', 'write_args']
+
+DIAGNOSED_IMAGES = 16
+
+
+def describe_run(flags: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The flags with all defaults resolved, and the versions that they ran with."""
+    folder = Path(__file__).resolve().parent
+    try:
+        git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], cwd=folder,
+                             capture_output=True, text=True, timeout=10)
+        commit = git.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
+    return {'args': dict(flags), 'git_commit': commit, 'python': sys.version.split()[0], 'torch': torch.__version__,
+            'timm': timm.__version__, 'cuda': torch.version.cuda, 'gpu': gpu, 'command': sys.argv}
+
+
+def write_args(run: Mapping[str, Any], folder: Path) -> None:
+    """Writes args.json, what `describe_run` gives, into the folder, which need not be there yet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'args.json').write_text(json.dumps(run, indent=2) + '\n')
+    except OSError as error:
+        raise UserError(f'--output_dir {folder} cannot be written ({error.strerror}): choose another') from error
+
+
+def keep_log_before(path: Path, epoch: int) -> None:
+    """Drops the lines of log.txt from `epoch` on: a resumed run writes them again."""
+    def is_kept(line: str) -> bool:
+        try:
+            return json.loads(line)['epoch'] < epoch
+        except ValueError:  # cut off when the earlier run was killed
+            return False
+
+    if path.is_file():
+        path.write_text(''.join(f'{line}\n' for line in path.read_text().splitlines() if is_kept(line)))
+
+
+class RunRecord:
+    """The files of a run that tell how it goes. Rank 0 of a run with an output folder has one.
+
+    In TensorBoard, values stand at the number of batches since the run began.
+
+    Args:
+        folder: of the run.
+        training: where the run starts.
+        info: the description of the network.
+        dataset: the evaluation part; diagnostics look at its first images.
+        batches: how many an epoch has.
+        images_per_batch: how many images all ranks together have in a batch.
+        flags, defaults: those of the run and those of the parser, for the model card; values that JSON can hold.
+    """
+
+    def __init__(self, folder: Path, training: Training, info: ModelInfo, dataset: Dataset, batches: int,
+                 images_per_batch: int, flags: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.folder, self.training, self.info, self.dataset = folder, training, info, dataset
+        self.batches, self.images_per_batch, self.flags, self.defaults = batches, images_per_batch, flags, defaults
+        keep_log_before(folder / 'log.txt', training.epoch)
+        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=self._batches_so_far + 1)
+        images = [dataset[index][0] for index in range(min(DIAGNOSED_IMAGES, len(dataset)))]
+        self.diagnostics = Diagnostics(training.model, torch.stack(images).to(training.device), training.methods)
+
+    @property
+    def _batches_so_far(self) -> int:
+        return self.training.epoch * self.batches + self.training.batches_done
+
+    def line(self, logger: MetricLogger) -> None:
+        """Records what a log line says."""
+        at, seconds = self._batches_so_far, statistics.median(logger.batch_time.recent)
+        for name, meter in logger.meters.items():
+            self.writer.add_scalar(f'train/{name}', meter.last, at)
+        self.writer.add_scalar('train/images_per_second', self.images_per_batch / max(seconds, 1e-9), at)
+
+    def epoch(self, train_stats: dict[str, float], test_stats: dict[str, float], progress: float) -> None:
+        """Records the epoch that ends, and warns of what goes wrong in the quantizers.
+
+        Args:
+            test_stats: of `engine.evaluate_all`.
+            progress: share of the run that is done with this epoch, in [0, 1].
+        """
+        self._write_log({f'train_{name}': value for name, value in train_stats.items()} | test_stats)
+        quantizers = self.diagnostics.measure()
+        self._write_tensorboard(test_stats, quantizers)
+        for warning in warning_lines(self.training.model, quantizers, progress):
+            print(warning)
+
+    def _write_log(self, stats: dict[str, float]) -> None:
+        entry = stats | {'epoch': self.training.epoch, 'n_parameters': self.training.n_parameters}
+        with (self.folder / 'log.txt').open('a') as log:
+            log.write(json.dumps(entry) + '\n')
+
+    def _write_tensorboard(self, test_stats: dict[str, float], quantizers: dict[str, dict[str, float]]) -> None:
+        for name, value in test_stats.items():
+            kind, _, key = name.rpartition('_')
+            self.writer.add_scalar(f'{kind}/{key}', value, self._batches_so_far)
+        for name, entry in quantizers.items():
+            for what, value in entry.items():
+                self.writer.add_scalar(f'{what}/{name}', value, self._batches_so_far)
+        self.writer.flush()
+
+    def model_card(self) -> None:
+        """Writes the card of best_checkpoint.pth by what is recorded so far."""
+        write_model_card(self.folder, self.training.model, self.info, dict(self.flags), dict(self.defaults),
+                         images=len(self.dataset))

@@ -1,0 +1,145 @@
+"""How a training run goes on from a checkpoint, and what it says of the parts that it cannot take."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from checkpoints.networks import load_quantized
+from training.methods.registry import METHODS
+from training.optimizer import OptimizerConfig
+from training.schedule import ScheduleConfig
+from training.state import Training
+from utils import Ranks, UserError, set_rng_state
+
+__all__ = ['Position', 'resume', 'resume_and_say']
+
+FOREIGN = ['not written by this code']
+
+
+@dataclass(frozen=True)
+class Position:
+    """Everything that the batches of an epoch follow from, so that a place among them means the same."""
+    batch_size: int
+    world_size: int
+    grad_accum_steps: int
+    repeated_aug: bool
+    seed: int
+    data_set: str
+
+
+def resume(training: Training, checkpoint: dict[str, Any], position: Position, optimizer: OptimizerConfig,
+           schedule: ScheduleConfig, ranks: Ranks) -> list[str]:
+    """Continues from a checkpoint, whose network must have been loaded: takes what it says of the rest of the state.
+
+    Args:
+        position, optimizer, schedule: those of this run, to be compared with what the checkpoint says of its own.
+
+    Returns:
+        What could not be taken, a line each.
+
+    Raises:
+        UserError: it was written within an epoch whose batches would be others now.
+    """
+    # A Namespace, where the file is of this project or of DeiT.
+    saved = getattr(checkpoint.get('args'), '__dict__', {})
+    is_own = 'qvit' in checkpoint
+    other_optimizer = _changed({'opt': optimizer.opt}, saved) if is_own else FOREIGN
+    other_schedule = _changed(asdict(schedule), saved) if is_own else FOREIGN
+    return [*_resume_position(training, checkpoint, _changed(asdict(position), saved)),
+            *_resume_optimizer(training, checkpoint.get('optimizer'), other_optimizer, keep_lr=not other_schedule),
+            *_resume_schedule(training, checkpoint, other_schedule),
+            *_resume_scaler(training, checkpoint.get('scaler')),
+            *_resume_average(training, checkpoint.get('model_ema')),
+            *_resume_methods(training, checkpoint),
+            *_resume_randomness(training, checkpoint.get('rng', ()), ranks)]
+
+
+def resume_and_say(path: str, training: Training, checkpoint: dict[str, Any], position: Position,
+                   optimizer: OptimizerConfig, schedule: ScheduleConfig, ranks: Ranks) -> None:
+    """`resume` from the checkpoint of that path; says what could not be taken, and where the run goes on."""
+    for note in resume(training, checkpoint, position, optimizer, schedule, ranks):
+        print(f'{path}: {note}')
+    if training.epoch >= schedule.epochs + schedule.cooldown_epochs:
+        print(f'{path}: all {training.epoch} epochs are done, a larger --epochs would go on')
+    else:
+        print(f'{path}: continuing at epoch {training.epoch}, batch {training.batches_done}')
+
+
+def _changed(flags: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """The flags whose values differ from those in the checkpoint; one that it does not know was off."""
+    return [f'--{name.replace("_", "-")}' for name, value in flags.items()
+            if saved.get(name) != value and not (name not in saved and value is False)]
+
+
+def _resume_position(training: Training, checkpoint: dict[str, Any], changed: list[str]) -> list[str]:
+    training.batches_done = checkpoint.get('step', 0)
+    training.epoch = checkpoint.get('epoch', -1) + (training.batches_done == 0)
+    training.max_accuracy = checkpoint.get('max_accuracy', training.max_accuracy)
+    if training.batches_done and changed:
+        raise UserError(f'the checkpoint lies within epoch {training.epoch}, which continues only with the same '
+                        f'{", ".join(changed)}: pass these as before')
+    return [] if 'epoch' in checkpoint else ['epoch: not in the checkpoint, training starts with epoch 0']
+
+
+def _resume_optimizer(training: Training, state: dict[str, Any] | None, misfits: list[str], keep_lr: bool) -> list[str]:
+    groups = training.optimizer.param_groups
+    flags = ('weight_decay', 'initial_lr', 'lr_scale', 'betas', 'eps', 'momentum', *(() if keep_lr else ('lr',)))
+    wanted = [{name: group[name] for name in flags if name in group} for group in groups]
+    try:
+        if state is None or misfits:
+            raise ValueError(', '.join(misfits) or 'not in the checkpoint')
+        training.optimizer.load_state_dict(state)
+    except (KeyError, ValueError) as error:
+        return [f'optimizer: not taken ({" ".join(str(error).split())}), its moments start from zero']
+    for group, values in zip(training.optimizer.param_groups, wanted, strict=True):
+        group.update(values)  # flags win over the file, which differs from them only where the user changed them
+    return []
+
+
+def _resume_schedule(training: Training, checkpoint: dict[str, Any], misfits: list[str]) -> list[str]:
+    if not misfits:
+        training.schedule.load_state_dict(checkpoint['lr_scheduler'])
+        return []
+    training.schedule.begin_epoch(training.epoch)
+    return [f'lr_scheduler: not taken ({", ".join(misfits)}), the learning rate follows from the epoch and the flags '
+            'of this run']
+
+
+def _resume_scaler(training: Training, state: dict[str, Any] | None) -> list[str]:
+    if not training.scaler.is_enabled():
+        return []
+    if not state:
+        return ['scaler: not in the checkpoint, the loss scale starts anew']
+    training.scaler.load_state_dict(state)
+    return []
+
+
+def _resume_average(training: Training, state: dict[str, Any] | None) -> list[str]:
+    if training.ema is None:
+        return ['model_ema: not taken without --model-ema'] if state else []
+    if not state:
+        training.ema.set(training.model)
+        return ['model_ema: not in the checkpoint, the average starts from the model']
+    load_quantized(training.ema.module, {'model': state})
+    return []
+
+
+def _resume_methods(training: Training, checkpoint: dict[str, Any]) -> list[str]:
+    notes = []
+    used = {method.name: method for method in training.methods}
+    for kind in METHODS:
+        state = checkpoint.get(kind.name)
+        if kind.name in used and state:
+            used[kind.name].load_state_dict(state)
+        elif kind.name in used:
+            notes.append(f'{kind.name}: not in the checkpoint, {kind.without_state}')
+        elif state:
+            notes.append(f'{kind.name}: {kind.left_out}')
+    return notes
+
+
+def _resume_randomness(training: Training, states: list[dict[str, Any]], ranks: Ranks) -> list[str]:
+    if len(states) == ranks.world_size:
+        set_rng_state(states[ranks.rank], training.device)
+        return []
+    return [f'rng: no random states of {ranks.world_size} processes in the checkpoint, drop path and mixup differ from '
+            'those of an uninterrupted run']
