@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from calibration.first_batch import calibrate
 from toys import SMALL, TINY, create
 
 import cost
 from analysis.cost import summary
+from calibration.first_batch import calibrate
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

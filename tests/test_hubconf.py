@@ -13,7 +13,8 @@ import torch
 from helpers import ROOT
 
 import quant_vision_transformer
-from _quan_base import calibrate, is_calibrated
+from _quan_base import is_calibrated
+from calibration.first_batch import calibrate
 from checkpoints.files import write_checkpoint
 from checkpoints.networks import model_info
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import calibrate, clamp_steps_, is_calibrated
+from _quan_base import clamp_steps_, is_calibrated
+from calibration.first_batch import calibrate
 from training.methods.oscillation import Oscillations
 
 

@@ -2,11 +2,11 @@
 
 import timm
 import torch
-from calibration.first_batch import calibrate
 from torch import nn
 
 import models  # noqa: F401  registers the full-precision networks
 import quant_vision_transformer  # noqa: F401  registers the quantized ones
+from calibration.first_batch import calibrate
 
 SHAPE = {'embed_dim': 24, 'depth': 2, 'num_heads': 2, 'patch_size': 8}
 STUDENT, TEACHER = 'fourbits_deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224'

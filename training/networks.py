@@ -11,8 +11,9 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from _quan_base import calibrate, is_calibrated
+from _quan_base import is_calibrated
 from calibration.closed_form import calibrate_to_full_precision
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import create_network, load_quantized, network_info, state_of

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from calibration.first_batch import calibrate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toys import TINY, create
@@ -11,6 +10,7 @@ from _quan_base import ActQ, named_quantizers
 from analysis.attention import attention_inputs, attention_probabilities
 from analysis.cost import summary, theoretical_size
 from analysis.precision import analyse, manifest
+from calibration.first_batch import calibrate
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

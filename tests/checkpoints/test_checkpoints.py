@@ -15,7 +15,8 @@ from helpers import SHARED
 from torch import nn
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import calibrate, is_calibrated, named_quantizers
+from _quan_base import is_calibrated, named_quantizers
+from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint, write_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, open_network

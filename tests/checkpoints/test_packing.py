@@ -11,7 +11,8 @@ import torch
 from timm.data import ImageNetInfo
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import ActQ, calibrate, named_quantizers
+from _quan_base import ActQ, named_quantizers
+from calibration.first_batch import calibrate
 from checkpoints.networks import ModelInfo, open_network
 from checkpoints.packed import is_packed, pack_codes, packed_layout, read_packed, unpack_codes, write_packed
 from utils import UserError
