@@ -4,9 +4,9 @@
     model = torch.hub.load('/path/to/repository', 'vit_deit_tiny_patch16_224', source='local')
 
 This repository's modules have short names (`utils`, `models`) that a program may use for its own. They are imported so
-that both find theirs: afterwards `sys.modules` is as the program left it, but for the three modules that define the
-network, by whose names pickle and the compiler find its classes. torch.hub shows every public name here as an entry
-point, which is why there are no others.
+that both find theirs: afterwards `sys.modules` is as the program left it. Only the modules that define the network, by
+whose names pickle and the compiler find its classes, stay there, where the program has none of these names. torch.hub
+shows every public name here as an entry point, which is why there are no others.
 """
 import inspect as _inspect
 import sys as _sys
@@ -20,34 +20,16 @@ from typing import Any as _Any
 dependencies = ['numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'yaml']
 
 _FOLDER = _Path(__file__).resolve().parent
-_TOP = {path.stem for path in _FOLDER.glob('*.py') if path.name != 'hubconf.py'} | {
+# The top-level modules and packages of this repository; a package stands for everything in it.
+_TOP = {path.stem for path in _FOLDER.glob('*.py')} - {'hubconf'} | {
     path.parent.name for path in _FOLDER.glob('*/__init__.py')}
-_NAMES = sorted(_TOP | {'.'.join(path.relative_to(_FOLDER).with_suffix('').parts)
-                        for top in _TOP for path in (_FOLDER / top).glob('**/*.py') if path.name != '__init__.py'})
-_KEPT = ('ops', 'ops.lsq', 'ops.attention', 'ops.cpu', 'ops.cpp_library', '_quan_base', 'quant_vision_transformer')
+_KEPT = ('ops', '_quan_base', 'quant_vision_transformer')  # define the network
+# Under these names this repository's modules wait for the next call, which runs this file anew. No import has them.
+_ASIDE = f'{_FOLDER}/'
 
 
-@_contextmanager
-def _own_modules() -> _Iterator[None]:
-    """Within, imports find the modules of this repository, whatever modules of these names the program has."""
-    before = {name: _sys.modules[name] for name in _NAMES if name in _sys.modules}
-    aside = {name: f'{_FOLDER}/{name}' for name in _NAMES}  # where they wait for the next call: no import has this name
-    for name in _NAMES:
-        if aside[name] in _sys.modules:
-            _sys.modules[name] = _sys.modules[aside[name]]
-        elif not _is_own(before.get(name)):
-            _sys.modules.pop(name, None)
-    _sys.path.insert(0, str(_FOLDER))
-    try:
-        yield
-    finally:
-        _sys.path.remove(str(_FOLDER))
-        for name in _NAMES:
-            if _is_own(_sys.modules.get(name)):
-                _sys.modules[aside[name]] = _sys.modules[name]
-                if name not in _KEPT:
-                    del _sys.modules[name]
-        _sys.modules.update(before)
+def _is_named_as_ours(name: str) -> bool:
+    return name.partition('.')[0] in _TOP
 
 
 def _is_own(module: _Any) -> bool:
@@ -55,33 +37,55 @@ def _is_own(module: _Any) -> bool:
     return file is not None and _FOLDER in _Path(file).resolve().parents
 
 
+@_contextmanager
+def _own_modules() -> _Iterator[None]:
+    """Within, imports find the modules of this repository, whatever modules of these names the program has."""
+    before = {name: module for name, module in _sys.modules.items() if _is_named_as_ours(name)}
+    for name, module in before.items():
+        if not _is_own(module):
+            del _sys.modules[name]
+    _sys.modules.update({name.removeprefix(_ASIDE): module for name, module in _sys.modules.items()
+                         if name.startswith(_ASIDE)})
+    _sys.path.insert(0, str(_FOLDER))
+    try:
+        yield
+    finally:
+        _sys.path.remove(str(_FOLDER))
+        for name in [name for name in _sys.modules if _is_named_as_ours(name)]:
+            if _is_own(_sys.modules[name]):
+                _sys.modules[f'{_ASIDE}{name}'] = _sys.modules[name]
+                if name.partition('.')[0] not in _KEPT:
+                    del _sys.modules[name]
+        # A package of the program's own keeps all of its name: none of ours may stand within it.
+        theirs = {name.partition('.')[0] for name, module in before.items() if not _is_own(module)}
+        for name in [name for name in _sys.modules if name.partition('.')[0] in theirs]:
+            del _sys.modules[name]
+        _sys.modules.update(before)
+
+
 def _load(name: str, checkpoint: str | None, pretrained: bool, options: dict[str, _Any]) -> _Any:
     from timm import create_model
 
     from _quan_base import is_calibrated
-    from checkpoints.files import read_checkpoint
-    from checkpoints.networks import create_from_checkpoint, load_quantized
+    from checkpoints.networks import open_checkpoint, read_network
     from utils import UserError
 
     if checkpoint is None:
         return create_model(name, pretrained=pretrained, **options)
     if pretrained:
         raise UserError('pretrained=True and checkpoint both give weights: choose one')
-    contents = read_checkpoint(checkpoint)
-    about = contents.get('qvit')
-    if about is None:
-        head = contents.get('model', contents).get('head.weight')
-        model = create_model(name, **({} if head is None else {'num_classes': len(head)}) | options)
-        load_quantized(model, contents)
-    elif about['model'] != name:
-        raise UserError(f'{checkpoint} is of {about["model"]}: load it by that name, not as {name}')
-    elif options:
+    contents = read_network(checkpoint)
+    if 'qvit' in contents and options:
         raise UserError(f'{", ".join(options)}: {checkpoint} says how its network is built, leave it out')
-    else:
-        model = create_from_checkpoint(contents)
-    if not is_calibrated(model):
+    options.pop('num_classes', None)  # the tensors say it
+    input_size = options.pop('img_size', None)
+    opened = open_checkpoint(checkpoint, contents, None if 'qvit' in contents else name, model_kwargs=options,
+                             input_size=input_size)
+    if opened.info.model != name:
+        raise UserError(f'{checkpoint} is of {opened.info.model}: load it by that name, not as {name}')
+    if not is_calibrated(opened.model):
         raise UserError(f'{checkpoint} holds quantizers without steps: train it first')
-    return model.eval()
+    return opened.model
 
 
 def _entry_point(name: str, summary: str) -> _Callable:

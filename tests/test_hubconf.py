@@ -16,7 +16,8 @@ import quant_vision_transformer
 from _quan_base import is_calibrated
 from calibration.first_batch import calibrate
 from checkpoints.files import write_checkpoint
-from checkpoints.networks import model_info
+from checkpoints.networks import ModelInfo
+from checkpoints.packed import write_packed
 
 SHAPE = {'embed_dim': 24, 'depth': 1, 'num_heads': 2, 'patch_size': 8}
 NAME = 'threebits_deit_tiny_patch16_224'
@@ -32,9 +33,11 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('hub')
     torch.manual_seed(0)
     model = timm.create_model(NAME, img_size=16, num_classes=5, **SHAPE)
-    write_checkpoint({'model': model.state_dict(), 'qvit': model_info(NAME, SHAPE, 5, 16)}, folder / 'without.pth')
+    info = ModelInfo(NAME, SHAPE, 5, 16)
+    write_checkpoint({'model': model.state_dict(), 'qvit': info.to_dict()}, folder / 'without.pth')
     calibrate(model, torch.randn(4, 3, 16, 16))
-    write_checkpoint({'model': model.state_dict(), 'qvit': model_info(NAME, SHAPE, 5, 16)}, folder / 'own.pth')
+    write_checkpoint({'model': model.state_dict(), 'qvit': info.to_dict()}, folder / 'own.pth')
+    write_packed(model, info, folder / 'own.qvit.safetensors')
     write_checkpoint({'model': model.state_dict(), 'args': Namespace(lr=3e-4)}, folder / 'released.pth')
     return folder
 
@@ -69,6 +72,8 @@ def test_networks_from_checkpoints(files):
     released = load(NAME, checkpoint=str(files / 'released.pth'), img_size=16, **SHAPE)
     assert not own.training and not released.training and own.num_classes == released.num_classes == 5
     weights = torch.load(files / 'own.pth', weights_only=True)['model']
+    packed = load(NAME, checkpoint=str(files / 'own.qvit.safetensors'))
+    assert torch.allclose(packed(images), own(images), atol=1e-5)
     for model in (own, released):
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
         assert is_calibrated(model) and model(images).shape == (2, 5)
@@ -92,17 +97,22 @@ def test_programs_with_modules_of_the_same_names(files, tmp_path):
     (tmp_path / 'utils.py').write_text('MINE = True\n')
     (tmp_path / 'models').mkdir()
     (tmp_path / 'models' / '__init__.py').write_text('MINE = True\n')
+    for name in ('ops', 'training'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / '__init__.py').write_text('MINE = True\n')
     (tmp_path / 'program.py').write_text(textwrap.dedent(f"""
         import copy, io, sys, warnings
         import torch
-        import utils
+        import ops, utils
         warnings.simplefilter('error')  # a second registration would warn
         path = list(sys.path)
         for _ in range(2):
             model = torch.hub.load({str(ROOT)!r}, {NAME!r}, source='local', trust_repo=True,
                                    checkpoint={str(files / 'own.pth')!r})
         assert utils.MINE and sys.modules['utils'] is utils and sys.path == path
-        import models
+        import models, training
+        assert ops.MINE and sys.modules['ops'] is ops and training.MINE
+        assert not [name for name in sys.modules if name.startswith('ops.')]
         assert models.MINE and 'checkpoints' not in sys.modules and 'engine' not in sys.modules
         stream = io.BytesIO()
         torch.save(model, stream)
