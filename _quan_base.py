@@ -8,11 +8,9 @@ integer codes in [qn, qp] of b bits:
     activations   x_hat = (round(clamp(x / alpha + z, qn, qp)) - z) alpha       one alpha and z for each input channel
 
 z is rounded to a whole number, and rounding is to the nearest even one. `QParams.fake_quantize` is these equations with
-LSQ's gradients. The layers call their products in `ops`, which computes the same with less memory and time; its
-implementation `reference` calls `QParams.fake_quantize` itself.
-
-Whether a quantizer is calibrated and signed are Python values, on which a forward branches without reading a tensor;
-the buffers `init_state` and `signed` mirror them in checkpoints.
+LSQ's gradients. The layers call their products in `ops`, which computes the same with less memory and time. Whether a
+quantizer is calibrated and signed are Python values: a forward branches on them without reading a tensor. The buffers
+`init_state` and `signed` mirror them in checkpoints.
 """
 from __future__ import annotations
 
@@ -20,23 +18,19 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 import ops
 from ops import clipped_gelu, min_scale
+from utils import mean_over_ranks
 
 __all__ = ['ActQ', 'Conv2dQ', 'GeluLinearQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'block_weights',
            'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'min_scale',
            'named_quantizers']
 
 SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
-
-
-class UncalibratedError(RuntimeError):
-    """A quantizer was used in evaluation before it had a scale."""
 
 
 # --- the equations ----------------------------------------------------------------------------------------------------
@@ -104,20 +98,12 @@ def first_batch_rule(x: Tensor, qn: int, qp: int) -> tuple[Tensor, Tensor]:
     return scale, 0.1 * (x.min() - scale * qn)
 
 
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean over all processes: gathered and summed in one order, so bit for bit the same on each."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, value.contiguous())
-    return torch.stack(parts).mean(0)
+class UncalibratedError(RuntimeError):
+    """A quantizer was used in evaluation before it had a scale."""
 
 
 class _Calibrated(nn.Module):
-    """A module with a scale, and the state of its calibration.
-
-    `calibrated` is a Python value for the forward to branch on; the buffer `init_state` (1,) mirrors it in checkpoints.
-    """
+    """A module with a scale, and the state of its calibration."""
     alpha: nn.Parameter
     init_state: Tensor
     implementation = 'torch'  # of `ops`, which computes this module's products: set by `ops.use`
@@ -160,7 +146,6 @@ class _Calibrated(nn.Module):
 
     @torch.no_grad()
     def _take_scale(self, scale: Tensor, *zero_point: Tensor) -> None:
-        """Sets alpha; checks a zero point, which is left to the caller to set."""
         if not all(torch.isfinite(value).all() for value in (scale, *zero_point)):
             raise ValueError(f'calibration met NaN or infinite values in {type(self).__name__}({self.extra_repr()}): '
                              f'check the images and the weights')
@@ -168,10 +153,9 @@ class _Calibrated(nn.Module):
         self.init_state.fill_(1)
         self.calibrated, self._rule = True, None
 
-    def _by_rule(self, channels: Tensor, qn: int, qp: int, rule: Rule) -> list[Tensor]:
-        """Scale and zero point by `rule`, alike on all ranks. channels: (channels, values)."""
-        return [_mean_over_ranks(value.to(self.alpha.dtype).expand(self.alpha.shape))
-                for value in rule(channels, qn, qp)]
+    def _by_rule(self, rows: Tensor, qn: int, qp: int, rule: Rule) -> list[Tensor]:
+        """Scale and zero point by `rule`, alike on all ranks. rows: (channels, values)."""
+        return [mean_over_ranks(value.to(self.alpha.dtype).expand(self.alpha.shape)) for value in rule(rows, qn, qp)]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -189,8 +173,8 @@ class _Calibrated(nn.Module):
 class ActQ(_Calibrated):
     """Quantizer of an activation: one scale and one zero point per channel (or one of each per tensor).
 
-    The channel axis is the last of a 2-D (N, C) or 3-D (B, N, C) input and axis 1 of a 4-D one (images: colours; q, k,
-    v and attention: heads). Whether codes are signed is found at calibration.
+    Channels are the last axis of (N, C) and (B, N, C) inputs, and axis 1 of 4-D ones (images: colours; q, k, v and
+    attention: heads). Whether codes are signed is found at calibration.
 
     Args:
         channels: number of channels.
@@ -231,17 +215,13 @@ class ActQ(_Calibrated):
         channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1)
         if self.granularity == 'tensor':
             channels = channels.reshape(1, -1)
-        below = _mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype))
+        below = mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype))
         signed = bool(below > 0)
         self.set_qparams(*self._by_rule(channels.to(self.alpha.dtype), *code_range(self.bits, signed), rule), signed)
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor, signed: bool) -> None:
-        """Calibrates by given values, broadcastable to the channels.
-
-        Raises:
-            ValueError: NaN or infinite values.
-        """
+        """Calibrates by given values, broadcastable to the channels; ValueError: NaN or infinite."""
         self._take_scale(scale, zero_point)
         self.zero_point.copy_(zero_point)
         self.signed_codes = signed
@@ -268,10 +248,8 @@ class ActQ(_Calibrated):
 class _WeightQuantized(_Calibrated):
     """What `LinearQ` and `Conv2dQ` share: the weight's quantizer, one scale per output channel, always signed.
 
-    In evaluation the quantized weight is computed once and kept until the weight or its scales change: on any in-place
-    operation that autograd sees (an optimizer's step, `copy_`), a load, a move, another dtype, or a switch of mode.
-    Only a write through `.data` in evaluation mode goes unnoticed; `eval()` after it suffices. Compiled graphs compute
-    it anew, fused with the rest.
+    In evaluation the quantized weight is computed once and kept until the weight or its scales change. Only a write
+    through `.data` in evaluation mode goes unnoticed; `eval()` after it suffices. Compiled graphs compute it anew.
     """
     weight: nn.Parameter
     act: ActQ
@@ -286,7 +264,6 @@ class _WeightQuantized(_Calibrated):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """(qn, qp) of the weight."""
         return code_range(self.weight_bits, signed=True)
 
     def weight_qparams(self) -> QParams:
@@ -298,11 +275,7 @@ class _WeightQuantized(_Calibrated):
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor) -> None:
-        """Calibrates the weight by given scales, broadcastable to the output channels.
-
-        Raises:
-            ValueError: NaN or infinite values.
-        """
+        """Calibrates the weight by given scales, broadcastable to the output channels; ValueError: NaN or infinite."""
         self._take_scale(scale)
 
     @torch.no_grad()
@@ -321,7 +294,7 @@ class _WeightQuantized(_Calibrated):
 
     @torch.no_grad()
     def to_int(self) -> Tensor:
-        """The weight's integer codes, int32, in [qn, qp], of its shape; code * alpha is the quantized value."""
+        """The weight's integer codes, int32, of its shape; code * scale is the quantized value."""
         return ops.get(self.implementation).codes(self.weight, self.weight_qparams())
 
     def quantizer_input(self, x: Tensor) -> Tensor:
@@ -405,7 +378,7 @@ def _checked_bits(bits: int) -> int:
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActQ | LinearQ | Conv2dQ]]:
     """(name, module) of every module that holds a scale, in the order of registration."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, _Calibrated))
+    return (item for item in model.named_modules() if isinstance(item[1], _Calibrated))
 
 
 def block_weights(model: nn.Module) -> dict[str, LinearQ | Conv2dQ]:
@@ -415,16 +388,12 @@ def block_weights(model: nn.Module) -> dict[str, LinearQ | Conv2dQ]:
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every quantizer of the model has its scale."""
     return all(module.calibrated for _, module in named_quantizers(model))
 
 
 @torch.no_grad()
 def clamp_steps_(model: nn.Module) -> None:
-    """Brings step sizes that an optimizer made zero or negative back to the smallest in use, without reading a value.
-
-    The forward never uses a smaller one: this keeps the parameters, and so the checkpoints, positive as well.
-    """
+    """Brings step sizes that an optimizer made zero or negative back to the smallest that a forward uses."""
     alphas = [quantizer.alpha for _, quantizer in named_quantizers(model)]
     if alphas:
         torch._foreach_clamp_min_(alphas, min_scale(alphas[0].dtype))

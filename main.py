@@ -51,7 +51,8 @@ DEFAULT_SIZE = 224
 def get_args_parser() -> ArgumentParser:
     """Flags have DeiT's names, and its defaults but where the published Q-ViT runs did without (mixup, cutmix, label
     smoothing, weight averaging, clipping, cool-down)."""
-    parser = utils.Parser(description='Q-ViT: training and evaluation', allow_abbrev=False, formatter_class=flags.HelpFormatter)
+    parser = utils.Parser(description='Q-ViT: training and evaluation', allow_abbrev=False,
+                          formatter_class=flags.HelpFormatter)
     add = parser.add_argument
     add('--config', metavar='FILE', help='YAML with values for these flags; flags on the command line win')
     add('--batch-size', default=64, type=flags.positive_int, help='images of a process at a time')
@@ -82,12 +83,12 @@ def get_args_parser() -> ArgumentParser:
     add('--clip-grad', type=flags.positive, help='largest norm of the gradient')
     add('--momentum', default=0.9, type=flags.non_negative)
     add('--weight-decay', default=0.05, type=flags.non_negative)
-    add('--step-lr-scale', default=1., type=flags.non_negative, help='learning rate of the steps and zero points, in units of '
-        '--lr')
+    add('--step-lr-scale', default=1., type=flags.non_negative, help='learning rate of the steps and zero points, in '
+        'units of --lr')
     add('--oscillation-dampening', default=0., type=flags.non_negative, metavar='W',
         help='final weight of a loss that pulls weights to the centres of their codes')
-    add('--oscillation-freezing', type=flags.frequency, nargs='+', metavar='F', help='freeze weights whose codes go back and '
-        'forth more often than this, in an average per update, e.g. 0.01; two values: at the start and at the end')
+    add('--oscillation-freezing', type=flags.frequency, nargs='+', metavar='F', help='freeze weights whose codes go '
+        'back and forth more often than this, in an average per update, e.g. 0.01; two values: at start and end')
     add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
     add('--sched-on-updates', action='store_true', help='change the learning rate at every update, not every epoch')
     add('--lr', default=5e-4, type=flags.positive, help='at 512 images per update; scaled in proportion to them')
@@ -98,7 +99,7 @@ def get_args_parser() -> ArgumentParser:
     add('--min-lr', default=1e-5, type=flags.non_negative)
     add('--decay-epochs', default=30, type=flags.positive)
     add('--warmup-epochs', default=5, type=flags.non_negative_int)
-    add('--cooldown-epochs', default=0, type=flags.non_negative_int, help='epochs at the last learning rate, after --epochs')
+    add('--cooldown-epochs', default=0, type=flags.non_negative_int, help='epochs at the last rate, after --epochs')
     add('--decay-rate', '--dr', default=0.1, type=float)
 
     group = parser.add_argument_group('augmentation and regularization')
@@ -128,12 +129,12 @@ def get_args_parser() -> ArgumentParser:
     add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head learns '
         "the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next to nothing; "
         'both: both heads learn its probabilities')
-    add('--distillation-alpha', default=0.5, type=flags.share, help='share of distillation in the loss; 1: labels are unused')
+    add('--distillation-alpha', default=0.5, type=flags.share, help='share of distillation; 1: labels are unused')
     add('--distillation-tau', default=1.0, type=flags.positive)
-    add('--dgd-weight', type=flags.non_negative, help='weight of distribution-guided distillation; unless given, 1 with a '
-        'teacher whose attention can be compared and 0 otherwise')
-    add('--token-weight', default=0., type=flags.non_negative, help='weight of token distillation: the outputs of every '
-        'block, from a teacher of the same depth and width')
+    add('--dgd-weight', type=flags.non_negative, help='weight of distribution-guided distillation; unless given, 1 '
+        'with a teacher whose attention can be compared and 0 otherwise')
+    add('--token-weight', default=0., type=flags.non_negative, help='weight of token distillation: the outputs of '
+        'every block, from a teacher of the same depth and width')
 
     add = parser.add_argument_group('calibration').add_argument
     add('--calibration', choices=CALIBRATIONS, help='published: steps by the first batch; mse: steps, '

@@ -198,6 +198,15 @@ def any_rank(*flags: bool, device: torch.device) -> list[bool]:
     return [bool(flag) for flag in agreed.tolist()]
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean over all processes: gathered and summed in one order, so bit for bit the same on each."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.stack(parts).mean(0)
+
+
 class StopRequest:
     """Within `with`, SIGTERM and SIGINT set `requested` instead of ending the process."""
 

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-import engine
 import main
 from checkpoints.files import write_checkpoint
+from training import state
 
 ROOT = Path(main.__file__).parent
 SHARED = ROOT.parent / 'shared'  # real images and weights, which tests do without where they are absent
@@ -24,6 +25,15 @@ SHAPE = ('--model-kwargs', 'embed_dim=24', 'depth=2', 'num_heads=2', 'patch_size
 TINY = (*SHAPE, '--input-size', '16', '--batch-size', '128', '--num_workers', '0', '--device', 'cpu', '--opt',
         'fusedlamb', '--lr', '1e-2', '--warmup-epochs', '0', '--weight-decay', '0', '--no-repeated-aug', '--print-freq',
         '4')
+
+
+def require(package: str) -> ModuleType:
+    """A third-party package; the test or module that asks for it is skipped where it is not installed.
+
+    pytest.importorskip would also skip what imports a module of this project that was moved.
+    """
+    assert not (ROOT / package).is_dir() and not (ROOT / f'{package}.py').exists(), f'{package} is our own'
+    return pytest.importorskip(package)
 
 
 def run(*flags: object) -> int:
@@ -86,13 +96,13 @@ def fork_ranks(folder: Path, *flags: object, prepare: Callable[[], None] = lambd
 
 def run_and_keep(folder: Path, *flags: object) -> None:
     """An uninterrupted run into `folder`, with every checkpoint.pth that it had on the way as <epoch>-<step>.pth."""
-    def write_and_keep(state: dict[str, Any], path: Path) -> None:
-        write_checkpoint(state, path)
+    def write_and_keep(contents: dict[str, Any], path: Path) -> None:
+        write_checkpoint(contents, path)
         if path.name == 'checkpoint.pth':
-            shutil.copy(path, folder / f'{state["epoch"]}-{state["step"]}.pth')
+            shutil.copy(path, folder / f'{contents["epoch"]}-{contents["step"]}.pth')
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, 'write_checkpoint', write_and_keep)
+        patch.setattr(state, 'write_checkpoint', write_and_keep)
         assert run(*flags, '--output_dir', folder) == 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import SHARED
+from helpers import SHARED, require
 from PIL import Image
 
 import deploy
@@ -207,8 +207,8 @@ def test_predict(packed, tmp_path, capsys):
 
 
 def test_onnx(packed, tmp_path, capsys):
-    pytest.importorskip('onnx')
-    runtime = pytest.importorskip('onnxruntime')
+    require('onnx')
+    runtime = require('onnxruntime')
     path = tmp_path / 'network.onnx'
     assert run('onnx', packed, '--output', path) == 0
     assert f'{path}: {path.stat().st_size / 1e6:.2f} MB, {NAME}' in capsys.readouterr().out

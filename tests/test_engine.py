@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
@@ -13,85 +12,94 @@ from helpers import TINY, run
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import main
 from checkpoints.files import read_checkpoint
-from engine import evaluate, train_one_epoch
+from checkpoints.networks import ModelInfo
+from engine import Loop, evaluate, train_one_epoch
+from losses import Distillation
 from training import data, networks
-from training.state import Training, build_training
+from training.data import Mixing
+from training.optimizer import OptimizerConfig
+from training.schedule import ScheduleConfig
+from training.state import Averaging, Training, build_training
 from utils import DivergedError, MetricLogger, SmoothedValue, StopRequest
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 CPU = torch.device('cpu')
 
 
-def small(*flags):
-    """(flags, model, images, labels) of a linear network in float64, where orders of summation do not show."""
-    args = main.parse_args(['--batch-size', '4', '--opt', 'momentum', '--momentum', '0', '--weight-decay', '0',
-                            '--warmup-epochs', '0', '--lr', '0.5', *flags])
-    args.scaled_lr, args.world_size, args.rank, args.device = args.lr, 1, 0, 'cpu'
+def small():
+    """(model, images, labels) of a linear network in float64, where orders of summation do not show."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
-    return args, model, torch.randn(12, 3, 2, 2).double(), torch.arange(12) % 3
+    return model, torch.randn(12, 3, 2, 2).double(), torch.arange(12) % 3
 
 
-def trained(*flags, batch_size=4, mixup=False):
-    args, model, images, labels = small(*flags)
-    training = build_training(args, model, CPU)
-    criterion = networks.build_criterion(args, model, None)
+def started(model: nn.Module, averaging: Averaging | None = None) -> Training:
+    """The state of a run by plain gradient descent at a rate of 0.5."""
+    optimizer = OptimizerConfig('momentum', 0.5, weight_decay=0., momentum=0.)
+    return build_training(model, CPU, optimizer, ScheduleConfig(epochs=1, warmup_epochs=0, scaled_lr=0.5), averaging)
+
+
+def trained(batch_size: int = 4, mixing: Mixing = Mixing(), averaging: Averaging | None = None, **loop):  # noqa: B008
+    """The state after an epoch, and its statistics."""
+    model, images, labels = small()
+    training = started(model, averaging)
+    criterion = networks.build_criterion(model, None, Distillation(), mixing)
     loader = DataLoader(TensorDataset(images, labels), batch_size)
-    stats, stopped = train_one_epoch(model, training, criterion, loader, args, StopRequest(),
-                                     data.build_mixup(args, 3) if mixup else None)
-    assert not stopped and training.step == len(loader)
+    stats, stopped = train_one_epoch(model, training, criterion, loader, Loop(1, batch_size=batch_size, **loop),
+                                     StopRequest(), data.build_mixup(mixing, 3))
+    assert not stopped and training.batches_done == len(loader)
     return training, stats
 
 
 def test_accumulation_is_a_larger_batch():
     one, _ = trained(batch_size=12)
-    three, _ = trained('--grad-accum-steps', '3')
+    three, _ = trained(grad_accum_steps=3)
     torch.testing.assert_close(one.model[1].weight, three.model[1].weight)
     # The last update of an epoch takes what is left: two updates, of 2 and 1 batches.
     updates = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, 'update', lambda self, clip, done: updates.append(self.step))
-        trained('--grad-accum-steps', '2')
+        patch.setattr(Training, 'update', lambda self, clip, done: updates.append(self.batches_done))
+        trained(grad_accum_steps=2)
     assert updates == [1, 2]
 
 
 def test_clipping_bounds_the_step():
-    def moved(*flags):
-        _, before, *_ = small()
-        training, _ = trained(*flags, batch_size=12)
+    def moved(**loop):
+        before, *_ = small()
+        training, _ = trained(batch_size=12, **loop)
         return torch.cat([(p - q).flatten() for p, q in zip(training.model.parameters(), before.parameters(),
                                                              strict=True)]).norm().item()
 
-    assert moved('--clip-grad', '0.01') == pytest.approx(0.5 * 0.01, rel=1e-3)
+    assert moved(clip_grad=0.01) == pytest.approx(0.5 * 0.01, rel=1e-3)
     assert moved() > 0.05
 
 
 def test_average_of_the_weights():
-    _, start, *_ = small()
-    training, _ = trained('--model-ema', '--model-ema-decay', '0.75', batch_size=12)
+    start, *_ = small()
+    training, _ = trained(batch_size=12, averaging=Averaging(True, 0.75))
     expected = 0.75 * start[1].weight + 0.25 * training.model[1].weight
     torch.testing.assert_close(training.ema.module[1].weight, expected)
 
 
 def test_smoothing_and_mixup_change_the_labels(monkeypatch):
     _, plain = trained(batch_size=12)
-    _, smooth = trained('--smoothing', '0.1', batch_size=12)
-    _, model, images, labels = small()
+    _, smooth = trained(batch_size=12, mixing=Mixing(smoothing=0.1))
+    model, images, labels = small()
     logs = model(images).log_softmax(-1)
     expected = -(0.9 * logs[range(12), labels] + 0.1 * logs.mean(-1)).mean().item()
     assert smooth['loss'] == pytest.approx(expected) and plain['loss'] != pytest.approx(expected)
 
     monkeypatch.setattr('numpy.random.beta', lambda *_, **__: 0.3)
-    _, mixed = trained('--mixup', '0.8', batch_size=12, mixup=True)
+    _, mixed = trained(batch_size=12, mixing=Mixing(mixup=0.8))
     logs = model(0.3 * images + 0.7 * images.flip(0)).log_softmax(-1)
     expected = -(0.3 * logs[range(12), labels] + 0.7 * logs[range(12), labels.flip(0)]).mean().item()
     assert mixed['loss'] == pytest.approx(expected)
-    _, cut = trained('--cutmix', '1', batch_size=12, mixup=True)
+    _, cut = trained(batch_size=12, mixing=Mixing(cutmix=1.))
     assert cut['loss'] != pytest.approx(plain['loss'])
 
 
+@pytest.mark.whole_run
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path, monkeypatch, capsys):
     update = Training.update
 
@@ -113,12 +121,12 @@ def test_parameters_that_are_not_finite_are_not_saved():
     training, _ = trained()
     training.model[1].weight.data[0, 0] = float('inf')
     with pytest.raises(DivergedError, match='parameters are not finite'):
-        training.checkpoint(Namespace(), {})
+        training.checkpoint(None, ModelInfo('none'))
 
 
 def test_evaluation_counts_exactly():
-    args, model, images, labels = small('--print-freq', '1')
-    stats = evaluate(model, DataLoader(TensorDataset(images, labels), 5), CPU, args)
+    model, images, labels = small()
+    stats = evaluate(model, DataLoader(TensorDataset(images, labels), 5), CPU, print_freq=1)
     logits = model(images)
     assert stats['n'] == 12
     assert stats['acc1'] == pytest.approx((logits.argmax(1) == labels).double().mean().item() * 100)
@@ -126,6 +134,7 @@ def test_evaluation_counts_exactly():
     assert stats['loss'] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
+@pytest.mark.whole_run
 def test_learning_rates_of_a_run(tmp_path):
     """As DeiT steps its schedule: each epoch has the rate of the one before, the first one twice."""
     assert run(*TINY, '--epochs', 3, '--cooldown-epochs', 1, '--grad-accum-steps', 2, '--output_dir', tmp_path) == 0
@@ -135,6 +144,7 @@ def test_learning_rates_of_a_run(tmp_path):
     assert [entry['train_lr'] for entry in log] == pytest.approx(cosine, rel=1e-5)
 
 
+@pytest.mark.whole_run
 def test_learning_rates_by_the_update(tmp_path, monkeypatch):
     update, rates = Training.update, []
 
@@ -152,6 +162,7 @@ def test_learning_rates_by_the_update(tmp_path, monkeypatch):
     assert rates[8] == pytest.approx(1e-5 + (top - 1e-5) * (1 + math.cos(math.pi * 2 / 3)) / 2, rel=1e-4)
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize('flags', [('--amp', 'bf16'), ('--clip-grad', '0.5'), ('--opt', 'lamb'), ('--sched', 'step'),
                                    ('--model-ema', '--model-ema-force-cpu'), ('--smoothing', '0.1'),
                                    ('--sched', 'poly', '--lr-noise', '0.1', '0.9')])
@@ -161,6 +172,7 @@ def test_options_train(flags, tmp_path):
     assert state['epoch'] == 1 and ('model_ema' in state) == ('--model-ema' in flags)
 
 
+@pytest.mark.whole_run
 def test_a_compiled_network_keeps_its_names(tmp_path, monkeypatch):
     compile_by_inductor = nn.Module.compile
     compiled = []
@@ -187,18 +199,35 @@ def test_smoothed_value():
     assert (value.mean, value.last, str(value)) == (14.5, 29, '19.0000 (14.5000)')
 
 
-def test_tensors_are_read_at_log_lines_only(monkeypatch):
-    reads = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: reads.append(self.numel()) or tolist(self))
-    monkeypatch.setattr(torch.Tensor, 'item', lambda self: reads.append('item'))
-    monkeypatch.setattr(torch.Tensor, '__bool__', lambda self: reads.append('bool'))
-    args, model, images, labels = small('--print-freq', '3')
-    training = build_training(args, model, CPU)
+def test_nothing_is_read_from_the_device_between_log_lines(monkeypatch):
+    """What a log line says is gathered on the device until it is due."""
+    model, images, labels = small()
+    training, reading = started(model), []
+    read = MetricLogger.read
+    monkeypatch.setattr(MetricLogger, 'read', lambda self: (reading.append(self.done), read(self), reading.pop())[1])
+    for name in ('tolist', 'item', '__bool__', '__float__', '__int__'):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, original=original: original(self) if reading or not inside
+                            else pytest.fail('a value was read between log lines'))
+    inside = []
     batches = list(zip(images.chunk(12), labels.chunk(12), strict=True))
-    train_one_epoch(model, training, networks.build_criterion(args, model, None), batches, args, StopRequest())
-    # loss and loss_cls of batches 1, 2-4, 5-7, 8-10 and 11-12, then the means of three meters
-    assert reads == [2, 6, 6, 6, 4, 6]
+
+    def watched():
+        for batch in batches:
+            inside.append(True)
+            yield batch
+            inside.clear()
+
+    class Loader:
+        def __len__(self):
+            return len(batches)
+
+        def __iter__(self):
+            return watched()
+
+    criterion = networks.build_criterion(model, None, Distillation(), Mixing())
+    stats, _ = train_one_epoch(model, training, criterion, Loader(), Loop(1, print_freq=3), StopRequest())
+    assert stats['loss'] > 0
 
 
 def test_a_terminal_gets_one_line_that_is_written_over(monkeypatch, capsys):

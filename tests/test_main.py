@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,17 @@ import main
 import run_with_submitit
 from _quan_base import is_calibrated, named_quantizers
 from checkpoints.files import read_checkpoint
-from checkpoints.networks import create_from_checkpoint
+from checkpoints.networks import open_checkpoint, open_network
+from datasets import Augmentation
+from engine import Loop
+from losses import Distillation
 from training import networks
-from training.flags import get_args_parser
+from training.data import DataSource, Loading, Mixing
+from training.methods.oscillation import OscillationConfig
+from training.optimizer import OptimizerConfig
+from training.resumption import Position
+from training.schedule import ScheduleConfig
+from training.state import Averaging
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -78,7 +87,7 @@ def test_tensorboard(student):
     events = EventAccumulator(str(student / 'tensorboard'))
     events.Reload()
     tags = set(events.Tags()['scalars'])
-    model = create_from_checkpoint(read_checkpoint(student / 'checkpoint.pth'))
+    model = open_network(student / 'checkpoint.pth').model
     names = {name for name, _ in named_quantizers(model)}
     assert 'blocks.1.attn.attn_act' in names and 'blocks.0.mlp.fc1.act' in names and 'patch_embed.proj' in names
     assert {f'{what}/{name}' for what in ('step', 'clipped') for name in names} <= tags
@@ -105,20 +114,19 @@ def test_descent_to_fewer_bits(student, tmp_path, capsys, monkeypatch):
                four, '--distillation-type', 'both', '--token-weight', '0.5', '--output_dir', tmp_path) == 0
     said = capsys.readouterr().out
     assert said.count('--finetune: the checkpoint is quantized to 4 bits') == 1 and '--calibration mse' in said
-    assert accuracy in said  # of the teacher, with its own steps
-    model = create_from_checkpoint(read_checkpoint(tmp_path / 'checkpoint.pth'))
+    assert accuracy in said  # of the teacher, with its own scales
+    model = open_network(tmp_path / 'checkpoint.pth').model
     assert model.quant.weight_bits == 3 and is_calibrated(model)
 
     # A file that does not describe its network, as a teacher.
-    source = create_from_checkpoint(read_checkpoint(four))
+    source = open_network(four).model
     torch.save({'model': source.state_dict()}, tmp_path / 'bare.pth')
-    monkeypatch.setattr(networks, '_create', lambda *_: timm.create_model(
+    monkeypatch.setattr(networks, 'create_network', lambda *_, **__: timm.create_model(
         'fourbits_deit_tiny_patch16_224', img_size=16, num_classes=10, embed_dim=24, depth=2,
         num_heads=2, patch_size=8))
-    args = main.parse_args(['--distillation-type', 'soft', '--teacher-model', 'fourbits_deit_tiny_patch16_224',
-                            '--teacher-path', str(tmp_path / 'bare.pth'), '--input-size', '16'])
-    teacher, images = networks.build_teacher(args, 10).eval(), torch.randn(2, 3, 16, 16)
-    assert torch.equal(teacher(images), source.eval()(images))
+    teacher = networks.build_teacher('fourbits_deit_tiny_patch16_224', str(tmp_path / 'bare.pth'), 10, 16, 'DIGITS')
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(teacher.eval()(images), source(images))
 
 
 def test_evaluation_needs_the_file_only(student, capsys):
@@ -156,7 +164,7 @@ def test_options_reach_the_network(tmp_path):
                'act_granularity=tensor', 'weight_bits=2', *SHAPE[1:]) == 0
     state = read_checkpoint(tmp_path / 'checkpoint.pth')
     assert state['qvit']['kwargs']['irm'] is False
-    model = create_from_checkpoint(state)
+    model = open_checkpoint('the file', state).model
     attention = model.blocks[0].attn
     assert attention.qkv.weight_bits == 2 and attention.qkv.act.bits == 4 and attention.q_act.alpha.numel() == 1
     assert not any('norm_q' in name for name in state['model'])
@@ -185,7 +193,7 @@ def test_the_published_commands(photographs, tmp_path, capsys):
                'fusedlamb', *smaller) == 0
     said = capsys.readouterr().out
     assert '--dgd-weight 1: the layers and heads of the teacher match' in said
-    assert is_calibrated(create_from_checkpoint(read_checkpoint(out / 'best_checkpoint.pth')))
+    assert is_calibrated(open_network(out / 'best_checkpoint.pth').model)
     accuracy = re.search(r'Accuracy of the network on the 2 test images: .*', said)[0]
     assert run('--eval', '--model', 'fourbits_deit_tiny_patch16_224', '--resume', out / 'best_checkpoint.pth',
                '--data-path', photographs, '--device', 'cpu') == 0
@@ -275,8 +283,8 @@ def test_refused_in_one_line(flags, line, tmp_path, monkeypatch, capsys):
 def test_booleans_in_any_case_and_options_over_flags():
     args = main.parse_args(['--model-kwargs', 'irm=false', 'quantize_attn=True', 'drop_path_rate=0.3'])
     assert args.model_kwargs == {'irm': False, 'quantize_attn': True, 'drop_path_rate': 0.3}
-    args.model, args.input_size, args.model_kwargs = main.DEFAULT_MODEL, 32, args.model_kwargs | {'depth': 2}
-    student = main.networks.build_student(args, 10)
+    student = networks.build_student(main.DEFAULT_MODEL, args.model_kwargs | {'depth': 2}, 10, 32,
+                                     drop_path=args.drop_path)
     assert isinstance(student.blocks[0].attn.norm_q, torch.nn.Identity)
     assert student.blocks[1].drop_path.drop_prob == pytest.approx(0.3)
 
@@ -310,7 +318,7 @@ def test_mistakes_that_only_the_files_show(teacher_path, photographs, tmp_path, 
     monkeypatch.setattr(networks, '_check_classes', lambda *_: None)
     with monkeypatch.context() as patch:
         create = timm.create_model
-        patch.setattr(networks.timm, 'create_model',
+        patch.setattr(timm, 'create_model',
                       lambda *a, **k: offline(*a, **k) if k.get('pretrained') else create(*a, **k))
         assert run(*TINY, *distill, '--teacher-model', 'deit_tiny_patch16_224') == 2
     assert 'cannot be downloaded (ConnectionError): give them with --teacher-path' in capsys.readouterr().err
@@ -335,13 +343,31 @@ def test_dgd_is_left_out_where_it_cannot_be_computed(teacher_path, tmp_path, cap
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_flag_has_a_reader():
-    source = '\n'.join(path.read_text() for path in ROOT.glob('*.py'))
-    text = (ROOT / 'flags.py').read_text()
-    checks = text[text.index('def check_args('):]  # to check a flag is not to use it
-    by_timm = {'momentum', 'opt_betas', 'opt_eps', 'weight_decay'}  # in timm.optim.optimizer_kwargs
-    for flag in {action.dest for action in get_args_parser()._actions} - {'help'} - by_timm:
-        assert re.search(rf"\bargs\.{flag}\b|getattr\(args, '{flag}'", source.replace(checks, '')), flag
+class Watched(Namespace):
+    """Flags that note which of them are asked for."""
+    asked: set[str] = set()
+
+    def __getattribute__(self, name):
+        Watched.asked.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.whole_run
+def test_every_flag_has_a_reader(teacher_path, tmp_path, monkeypatch):
+    """Each ends in a value that a run is built from, or is asked for by one of the jobs; checks do not count."""
+    parse, asked = main.parse_args, Watched.asked
+    monkeypatch.setattr(main, 'parse_args', lambda argv=None: Watched(**vars(parse(argv))))
+    monkeypatch.setattr(main, 'check_args', lambda _: None)
+    asked.clear()
+    teach = '--teacher-path', teacher_path, '--distillation-type', 'hard'
+    assert run(*TINY, '--epochs', 1, *teach, '--finetune', teacher_path, '--output_dir', tmp_path) == 0
+    assert run(*TINY, '--epochs', 1, *teach, '--resume', 'auto', '--output_dir', tmp_path) == 0
+    assert run(*TINY, '--eval', '--model-ema', '--resume', tmp_path / 'checkpoint.pth') == 0
+    kinds = (Augmentation, Averaging, DataSource, Distillation, Loading, Loop, Mixing, OptimizerConfig,
+             OscillationConfig, Position, ScheduleConfig)
+    picked = {field.name for kind in kinds for field in fields(kind)}
+    flags = {action.dest for action in main.get_args_parser()._actions} - {'help'}
+    assert flags - picked - asked == {'config'}, 'of these the first is read while the flags are parsed'
 
 
 def test_defaults_are_those_of_the_published_runs():

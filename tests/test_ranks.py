@@ -1,4 +1,4 @@
-"""Calibration and training on two processes with different data: one set of steps, one set of weights."""
+"""Calibration and training on two processes with different data: one set of scales, one set of weights."""
 import copy
 from datetime import timedelta
 
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import clamp_steps_, is_calibrated
 from calibration.first_batch import calibrate
-from training.methods.oscillation import Oscillations
+from training.methods.oscillation import OscillationConfig, Oscillations
 
 
 def worker(rank: int, folder: str, explicitly: bool) -> None:
@@ -29,7 +29,7 @@ def worker(rank: int, folder: str, explicitly: bool) -> None:
     parallel = DistributedDataParallel(model)
     calibrated = None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    oscillations = Oscillations(model, dampening=1., freezing=[0.015]) if explicitly else None
+    oscillations = Oscillations(model, OscillationConfig(1., [0.015])) if explicitly else None
     for _ in range(5):
         optimizer.zero_grad()
         logits, dist_logits = parallel(images)
@@ -39,7 +39,7 @@ def worker(rank: int, folder: str, explicitly: bool) -> None:
         optimizer.step()
         clamp_steps_(model)
         if explicitly:
-            oscillations.update(1.)
+            oscillations.after_update(1.)
     assert is_calibrated(model)
     torch.save({'calibrated': calibrated, 'trained': model.state_dict(),
                 'frozen': {name: state['frozen'] for name, state in oscillations.states.items()} if explicitly else {}},
@@ -47,6 +47,7 @@ def worker(rank: int, folder: str, explicitly: bool) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize('explicitly', [True, False], ids=['calibrate()', 'first forward'])
 def test_ranks_with_different_data_hold_identical_parameters(tmp_path, explicitly):
     mp.spawn(worker, (str(tmp_path), explicitly), nprocs=2)
@@ -54,6 +55,6 @@ def test_ranks_with_different_data_hold_identical_parameters(tmp_path, explicitl
     for moment in ('calibrated', 'trained', 'frozen'):
         for name, value in first[moment].items():
             assert torch.equal(value, second[moment][name]), (moment, name)
-    steps = [name for name in first['trained'] if name.endswith('.alpha')]
-    assert any(not torch.equal(first['calibrated'][name], first['trained'][name]) for name in steps)
+    scales = [name for name in first['trained'] if name.endswith('.alpha')]
+    assert any(not torch.equal(first['calibrated'][name], first['trained'][name]) for name in scales)
     assert not explicitly or any(frozen.any() for frozen in first['frozen'].values())

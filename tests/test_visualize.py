@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, require
 from PIL import Image
 from watched import SHAPE, STUDENT, TEACHER, build, images_of
 
@@ -74,7 +74,7 @@ NETWORKS = ('--resume', 'student.pth', '--teacher-path', 'teacher.pth', '--num-i
     ('codes', '--resume', 'student.pth', '--num-images', '4'),
 ])
 def test_commands_draw(files, tmp_path, capsys, flags):
-    pytest.importorskip('matplotlib')
+    require('matplotlib')
     output = tmp_path / 'figure.png'
     assert run(files, *flags, '--output', output) == 0, capsys.readouterr().err
     assert_picture(output)
@@ -86,7 +86,7 @@ def test_commands_draw(files, tmp_path, capsys, flags):
 
 
 def test_a_figure_for_each_block(files, tmp_path):
-    pytest.importorskip('matplotlib')
+    require('matplotlib')
     assert run(files, 'attention', '--resume', 'student.pth', '--num-images', '1', '--blocks', '0', '1', '--output',
                tmp_path / 'look.png') == 0
     first, second = (assert_picture(tmp_path / f'look_block{block}.png') for block in (0, 1))
@@ -94,7 +94,7 @@ def test_a_figure_for_each_block(files, tmp_path):
 
 
 def test_curves_and_pdf_with_embedded_fonts(files, tmp_path):
-    pytest.importorskip('matplotlib')
+    require('matplotlib')
     assert run(files, 'curves', files / 'run', files / 'run' / 'log.txt', '--output', tmp_path / 'curves.png') == 0
     assert_picture(tmp_path / 'curves.png')
     assert run(files, 'curves', files / 'run', '--output', tmp_path / 'curves.pdf') == 0
@@ -103,7 +103,7 @@ def test_curves_and_pdf_with_embedded_fonts(files, tmp_path):
 
 
 def test_what_the_figures_say(files):
-    pytest.importorskip('matplotlib')
+    require('matplotlib')
     from analysis import figures
 
     codes = code_distribution(np.ones(16), 0)
@@ -133,7 +133,7 @@ def test_what_the_figures_say(files):
 
 
 def test_code_figure_shows_every_block(files):
-    pytest.importorskip('matplotlib')
+    require('matplotlib')
     from analysis import figures
 
     usage = code_statistics(build(STUDENT), images_of(2))
@@ -168,7 +168,7 @@ def test_code_figure_shows_every_block(files):
     (('curves', 'no/log.txt'), 'no/log.txt cannot be read (No such file or directory)'),
 ])
 def test_mistakes_in_one_line(files, tmp_path, monkeypatch, capsys, flags, line):
-    pytest.importorskip('matplotlib')
+    require('matplotlib')
     monkeypatch.chdir(tmp_path)
     assert run(files, *flags) == 2
     said = capsys.readouterr().err
@@ -187,7 +187,7 @@ def test_without_matplotlib(files, monkeypatch, capsys):
 
 
 def test_the_example(files, tmp_path, monkeypatch, capsys):
-    pytest.importorskip('matplotlib')
+    require('matplotlib')
     example = runpy.run_path(str(ROOT / 'examples' / 'predict_and_look.py'))['main']
 
     def call(image: str, checkpoint: str, *flags: str) -> int:

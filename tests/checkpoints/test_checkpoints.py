@@ -185,7 +185,8 @@ def test_safetensors(tmp_path):
     assert_same(other.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize('checkpoint', [{}, {'epoch': 3}, {'model': {}}, {'model': {'a': 3}}, {1: 2}, {1: torch.ones(1)}], ids=str)
+@pytest.mark.parametrize('checkpoint', [{}, {'epoch': 3}, {'model': {}}, {'model': {'a': 3}}, {1: 2},
+                                        {1: torch.ones(1)}], ids=str)
 @pytest.mark.parametrize('load', [load_quantized, load_full_precision])
 def test_a_checkpoint_without_a_model(checkpoint, load):
     assert 'no model' in message_of(load, network(), checkpoint)

@@ -6,6 +6,7 @@ position is exact, and what is expected can be counted: clamp the position, then
 import numpy as np
 import pytest
 import torch
+from helpers import require
 
 from _quan_base import ActQ, code_range
 from deployment.integer import Quantizer, UnsignedCodes
@@ -67,7 +68,7 @@ def test_codes_of_the_integer_network(bits, signed, granularity):
 
 def onnx_codes(affine, x: torch.Tensor, right: bool) -> torch.Tensor:
     """What onnxruntime computes for `to_codes`: the stored codes, and the constant that they are stored with."""
-    onnx, ort = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
+    onnx, ort = require('onnx'), require('onnxruntime')
     from deployment.onnx_graph import Graph, to_codes
 
     g = Graph(17)
@@ -86,7 +87,7 @@ def onnx_codes(affine, x: torch.Tensor, right: bool) -> torch.Tensor:
 @pytest.mark.parametrize(('bits', 'signed', 'granularity'), CASES)
 @pytest.mark.parametrize('right', [False, True])
 def test_codes_of_onnx_files(bits, signed, granularity, right):
-    pytest.importorskip('onnx')
+    require('onnx')
     from deployment.onnx_graph import Affine
 
     act = quantizer(bits, signed, granularity)
@@ -100,7 +101,7 @@ def test_codes_of_onnx_files(bits, signed, granularity, right):
 @pytest.mark.parametrize('right', [False, True])
 def test_onnx_files_differ_at_most_on_borders_with_odd_zero_points(right):
     """ONNX adds a zero point after it has rounded to even: with an odd one, a tie goes to the other of both codes."""
-    pytest.importorskip('onnx')
+    require('onnx')
     from deployment.onnx_graph import Affine
 
     act = quantizer(4, True, 'tensor')

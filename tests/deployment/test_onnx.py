@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import SHARED
+from helpers import SHARED, require
 from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
@@ -25,8 +25,8 @@ from deployment.integer import IntegerViT, IntLinear, Quantizer, UnsignedCodes
 from deployment.onnx_export import export_onnx
 from utils import UserError
 
-onnx = pytest.importorskip('onnx')
-ort = pytest.importorskip('onnxruntime')
+onnx = require('onnx')
+ort = require('onnxruntime')
 
 DATA = SHARED / 'data'
 DEIT, IMAGES = DATA / 'deit_tiny_patch16_224-fp16.pth', DATA / 'imagenet-mini' / 'val'

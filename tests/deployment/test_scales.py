@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers import require
 
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import QParams, named_quantizers
@@ -67,7 +68,7 @@ def test_integer_network(granularity, terms):
 @pytest.mark.parametrize('granularity', ['channel', 'tensor'])
 @pytest.mark.parametrize('weights', ['int8', 'int4'])
 def test_onnx_file(tmp_path, granularity, weights):
-    pytest.importorskip('onnx')
+    require('onnx')
     from deployment.onnx_export import export_onnx
 
     files = []

@@ -1,7 +1,6 @@
-"""optim.py: the update of LAMB to the last digit, who decays, and which library is used."""
+"""The optimizer: the update of LAMB to the last digit, who decays, and which library is used."""
 
 import sys
-from argparse import Namespace
 from types import ModuleType
 
 import pytest
@@ -12,16 +11,15 @@ from torch import nn
 
 import quant_vision_transformer  # noqa: F401  registers the variants
 from training import optimizer as optim
-from training.optimizer import build_optimizer
+from training.optimizer import OptimizerConfig, build_optimizer
 from utils import UserError
 
 # Before 1.0.12 timm's Lamb kept the norm of the gradient in float32, whatever the parameters.
 LAMB_RTOL = 1e-10 if hasattr(timm.optim, 'list_optimizers') else 1e-6
 
 
-def flags(**changes):
-    return Namespace(**{'opt': 'fusedlamb', 'lr': 0.01, 'weight_decay': 0., 'momentum': 0.9, 'opt_eps': 1e-8,
-                        'opt_betas': None} | changes)
+def config(**changes) -> OptimizerConfig:
+    return OptimizerConfig(**{'opt': 'fusedlamb', 'lr': 0.01, 'weight_decay': 0., 'opt_eps': 1e-8} | changes)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +85,7 @@ def test_fusedlamb_makes_the_update_of_lamb(weight_decay, eps, gradient_scale, w
         assert (sum(g.square().sum() for g in grads.values()).sqrt() > 1) == (gradient_scale > 1)
     start = {name: p.detach().clone() for name, p in trained.items()}
     expected = lamb_reference(start, steps, 0.01, eps, weight_decay, {'weight', 'zero_weight'})
-    optimizer = build_optimizer(flags(weight_decay=weight_decay, opt_eps=eps), model)
+    optimizer = build_optimizer(config(weight_decay=weight_decay, opt_eps=eps), model)
     for grads in steps:
         for name, p in trained.items():
             p.grad = grads[name].clone()
@@ -101,7 +99,7 @@ def test_fusedlamb_makes_the_update_of_lamb(weight_decay, eps, gradient_scale, w
 @pytest.mark.parametrize('opt', ['fusedlamb', 'adamw', 'sgd', 'lamb'])
 def test_only_matrices_decay(opt, without_apex):
     model = Quantized()
-    optimizer = build_optimizer(flags(opt=opt, weight_decay=0.05), model)
+    optimizer = build_optimizer(config(opt=opt, weight_decay=0.05), model)
     decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
     names = {name: decay[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, value in names.items() if value == 0.05} == {'weight', 'zero_weight'}
@@ -110,26 +108,26 @@ def test_only_matrices_decay(opt, without_apex):
 
 def test_timm_deit_keeps_its_tokens_from_decay(without_apex):
     model = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, embed_dim=48, depth=1, num_heads=3)
-    optimizer = build_optimizer(flags(weight_decay=0.05), model)
+    optimizer = build_optimizer(config(weight_decay=0.05), model)
     decayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] for p in group['params']}
     assert not decayed & {id(model.pos_embed), id(model.cls_token), id(model.dist_token)}
     assert decayed == {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
 
 
 def test_flags_reach_the_optimizer():
-    adamw = build_optimizer(flags(opt='adamw', lr=0.3, opt_eps=1e-5, opt_betas=[0.8, 0.9]), Quantized())
+    adamw = build_optimizer(config(opt='adamw', lr=0.3, opt_eps=1e-5, opt_betas=[0.8, 0.9]), Quantized())
     assert isinstance(adamw, torch.optim.AdamW)
     group = adamw.param_groups[0]
     assert (group['lr'], group['eps'], tuple(group['betas'])) == (0.3, 1e-5, (0.8, 0.9))
-    sgd = build_optimizer(flags(opt='SGD', momentum=0.7), Quantized())
+    sgd = build_optimizer(config(opt='SGD', momentum=0.7), Quantized())
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]['momentum'] == 0.7
-    assert isinstance(build_optimizer(flags(opt='lookahead_adam'), Quantized()), timm.optim.Lookahead)
+    assert isinstance(build_optimizer(config(opt='lookahead_adam'), Quantized()), timm.optim.Lookahead)
 
 
 def test_fusedlamb_without_apex_is_timms_and_says_so_once(without_apex, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     for _ in range(2):
-        optimizer = build_optimizer(flags(opt_betas=[0.8, 0.99]), Quantized())
+        optimizer = build_optimizer(config(opt_betas=[0.8, 0.99]), Quantized())
     assert isinstance(optimizer, timm.optim.Lamb)
     values = {'eps': 1e-8, 'betas': [0.8, 0.99], 'lr': 0.01, 'bias_correction': True, 'grad_averaging': True,
               'max_grad_norm': 1.0, 'always_adapt': False, 'trust_clip': False}
@@ -156,7 +154,7 @@ def fake_apex(monkeypatch):
 
 def test_fusedlamb_is_apexs_where_it_can_be_used(fake_apex, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    optimizer = build_optimizer(flags(weight_decay=0.05), Quantized())
+    optimizer = build_optimizer(config(weight_decay=0.05), Quantized())
     assert isinstance(optimizer, fake_apex)
     assert sorted(group['weight_decay'] for group in optimizer.param_groups) == [0., 0.05]
     assert {name: value for name, value in optimizer.kwargs.items() if name != 'weight_decay'} == {
@@ -167,7 +165,7 @@ def test_fusedlamb_is_apexs_where_it_can_be_used(fake_apex, monkeypatch, capsys)
 
 def test_fusedlamb_without_cuda_is_timms(fake_apex, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert isinstance(build_optimizer(flags(), Quantized()), timm.optim.Lamb)
+    assert isinstance(build_optimizer(config(), Quantized()), timm.optim.Lamb)
     assert capsys.readouterr().out.count('\n') == 1
 
 
@@ -177,14 +175,14 @@ def test_an_apex_that_does_not_work_is_reported(fake_apex, monkeypatch):
     monkeypatch.setattr(fake_apex, '__init__', refuse)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     with pytest.raises(UserError, match=r'--opt fusedlamb cannot be used \(apex.*requires cuda extensions\): '):
-        build_optimizer(flags(), Quantized())
+        build_optimizer(config(), Quantized())
 
 
 @pytest.mark.skipif(not hasattr(timm.optim, 'list_optimizers'), reason='this timm does not list its optimizers')
 @pytest.mark.parametrize('opt', ['adamwx', 'my_adamw'])
 def test_unknown_names_get_suggestions(opt):
     with pytest.raises(UserError, match=f'--opt {opt} .*did you mean .*adamw') as caught:
-        build_optimizer(flags(opt=opt), Quantized())
+        build_optimizer(config(opt=opt), Quantized())
     assert '\n' not in str(caught.value)
 
 
@@ -192,24 +190,24 @@ def test_unknown_names_get_suggestions(opt):
 def test_what_cannot_be_built_is_one_line(changes, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(UserError, match=f'--opt {changes["opt"]}') as caught:
-        build_optimizer(flags(**changes), Quantized())
+        build_optimizer(config(**changes), Quantized())
     assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('decay', [0., 0.1])
-def test_steps_learn_at_a_rate_of_their_own(decay, without_apex):
+def test_scales_learn_at_a_rate_of_their_own(decay, without_apex):
     model = timm.create_model('fourbits_deit_tiny_patch16_224', img_size=32, embed_dim=24, depth=1, num_heads=2)
-    optimizer = build_optimizer(flags(weight_decay=decay, step_lr_scale=0.1), model)
+    optimizer = build_optimizer(config(weight_decay=decay, step_lr_scale=0.1), model)
     schedule = timm.scheduler.CosineLRScheduler(optimizer, 10)
     rate = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
-    plain = build_optimizer(flags(weight_decay=decay), model)
+    plain = build_optimizer(config(weight_decay=decay), model)
     decays = {id(p): group['weight_decay'] for group in plain.param_groups for p in group['params']}
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(rate) == len(names) == sum(len(group['params']) for group in optimizer.param_groups)
     for group in optimizer.param_groups:
         for p in group['params']:
-            is_step = names[id(p)].endswith(('.alpha', '.zero_point'))
-            assert group['lr'] == pytest.approx(0.001 if is_step else 0.01), names[id(p)]
+            is_scale = names[id(p)].endswith(('.alpha', '.zero_point'))
+            assert group['lr'] == pytest.approx(0.001 if is_scale else 0.01), names[id(p)]
             assert group['weight_decay'] == decays[id(p)], names[id(p)]
     schedule.step(5)
     assert {round(group['lr'], 9) for group in optimizer.param_groups} == {0.005, 0.0005}

@@ -9,18 +9,24 @@ from torch import nn
 
 from _quan_base import LinearQ, clamp_steps_
 from checkpoints.files import read_checkpoint
-from training.methods.oscillation import Oscillations
+from training.methods.oscillation import OscillationConfig, Oscillations
+from training.state import Training
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def layer_of(*weights: float, step: float = 0.5, bits: int = 3) -> LinearQ:
+def layer_of(*weights: float, scale: float = 0.5, bits: int = 3) -> LinearQ:
     """A layer of one output with the given weights, in float64."""
     layer = LinearQ(len(weights), 1, weight_bits=bits, act_bits=bits, dtype=torch.float64)
     set_weights(layer, *weights)
-    layer.set_qparams(torch.tensor(step))
+    layer.set_qparams(torch.tensor(scale))
     return layer
+
+
+def oscillations_of(model: nn.Module, dampening: float = 0., freezing: list[float] | None = None,
+                    momentum: float = 0.01) -> Oscillations:
+    return Oscillations(model, OscillationConfig(dampening, freezing), momentum)
 
 
 def set_weights(layer: LinearQ, *weights: float) -> None:
@@ -29,15 +35,15 @@ def set_weights(layer: LinearQ, *weights: float) -> None:
 
 
 def follow(oscillations: Oscillations, layer: LinearQ, rows: list[list[float]], progress: float = 0.) -> None:
-    """One update after another, each leading to the next row of weights, in units of the step."""
+    """One update after another, each leading to the next row of weights, in units of the scale."""
     for row in rows:
         set_weights(layer, *(value * 0.5 for value in row))
-        oscillations.update(progress)
+        oscillations.after_update(progress)
 
 
 def test_frequency_counts_changes_against_the_change_before():
     layer = layer_of(0., 0., 0., 0.)
-    oscillations = Oscillations(layer, momentum=0.25)
+    oscillations = oscillations_of(layer, momentum=0.25)
     # there and back at once; there and back with a rest between; on and on; never, though the weight moves
     follow(oscillations, layer, [[1, 1, 1, .1], [0, 1, 2, .4], [1, 0, 3, -.4]])
     state, = oscillations.states.values()
@@ -52,33 +58,40 @@ def test_frequency_counts_changes_against_the_change_before():
     torch.testing.assert_close(layer.weight[0].tolist(), [0.5, 0., 1.5, -0.2])  # tracking alone changes nothing
 
 
-def test_a_changed_step_changes_codes_too():
+def test_a_changed_scale_changes_codes_too():
     layer = layer_of(0.5)
-    oscillations = Oscillations(layer)
-    for step in (0.25, 0.5):
-        layer.set_qparams(torch.tensor(step))
-        oscillations.update(0.)
+    oscillations = oscillations_of(layer)
+    for scale in (0.25, 0.5):
+        layer.set_qparams(torch.tensor(scale))
+        oscillations.after_update(0.)
     assert oscillations.states['']['frequency'].item() == pytest.approx(0.01)
 
 
 def test_dampening_pulls_to_the_centre_of_the_code():
     layer = layer_of(0.6, -0.2, 1.5, 1.7, -2.4)  # codes 1, 0, 3 (its centre), 3 and -4 (outside: the range ends there)
-    term = Oscillations(layer, dampening=2.).dampening(1.)
+    term = oscillations_of(layer, dampening=2.).dampening(1.)
     assert term.item() == pytest.approx(2 * (0.1 ** 2 + 0.2 ** 2))
     term.backward()
     torch.testing.assert_close(layer.weight.grad, 2 * 2 * torch.tensor([[0.1, -0.2, 0, 0, 0]]).double())
     assert layer.alpha.grad is None
-    weights = [Oscillations(layer, dampening=2.).dampening(share).item() for share in (0., 0.25, 0.5)]
+    weights = [oscillations_of(layer, dampening=2.).dampening(share).item() for share in (0., 0.25, 0.5)]
     torch.testing.assert_close(weights, [term.item() * (1 - math.cos(math.pi * x)) / 2 for x in (0., 0.25, 0.5)])
-    parts = Oscillations(layer, dampening=2.).add_dampening({'loss': torch.tensor(3.)}, 1.)
-    assert parts['loss'].item() == pytest.approx(3 + term.item()) and not parts['loss_dampening'].requires_grad
-    parts = {'loss': torch.tensor(3.)}
-    assert Oscillations(layer).add_dampening(parts, 1.) is parts
+    assert oscillations_of(layer, dampening=2.).loss_parts(1.)['loss_dampening'].item() == pytest.approx(term.item())
+    assert oscillations_of(layer).loss_parts(1.) == {}
+
+
+def test_the_parts_of_methods_are_added_to_the_loss_and_logged():
+    layer = layer_of(0.6)
+    training = Training(layer, None, None, None, None, torch.device('cpu'), [oscillations_of(layer, dampening=2.)])
+    training.progress = 1.
+    parts = training.add_methods_parts({'loss': torch.tensor(3.)})
+    assert parts['loss'].item() == pytest.approx(3 + 2 * 0.1 ** 2) and parts['loss'].requires_grad
+    assert parts['loss_dampening'].item() == pytest.approx(2 * 0.1 ** 2) and not parts['loss_dampening'].requires_grad
 
 
 def test_a_weight_that_oscillates_too_often_is_held_at_its_mean_code():
     layer = layer_of(0., 0.)
-    oscillations = Oscillations(layer, freezing=[0.3], momentum=0.25)
+    oscillations = oscillations_of(layer, freezing=[0.3], momentum=0.25)
     follow(oscillations, layer, [[1, 1], [0, 1]])  # frequency 0.25: not yet
     assert not oscillations.states['']['frozen'].any() and layer.weight[0, 0] == 0
     follow(oscillations, layer, [[1, 1]])
@@ -90,48 +103,48 @@ def test_a_weight_that_oscillates_too_often_is_held_at_its_mean_code():
     assert {key: value.item() for key, value in oscillations.shares()[''].items()} == {'oscillating': 0, 'frozen': 0.5}
 
 
-def test_a_frozen_weight_follows_its_step():
+def test_a_frozen_weight_follows_its_scale():
     layer = layer_of(1.0)
-    oscillations = Oscillations(layer, freezing=[0.3], momentum=0.25)
+    oscillations = oscillations_of(layer, freezing=[0.3], momentum=0.25)
     follow(oscillations, layer, [[3], [2], [3]])
-    assert oscillations.states['']['frozen'].item() and layer.weight.item() == 1.0  # code 2 of step 0.5
+    assert oscillations.states['']['frozen'].item() and layer.weight.item() == 1.0  # code 2 at scale 0.5
     layer.set_qparams(torch.tensor(0.7, dtype=torch.float64))
-    oscillations.update(0.)
+    oscillations.after_update(0.)
     assert layer.weight.item() == pytest.approx(1.4, rel=1e-12) and layer.to_int().item() == 2
 
 
 def test_the_threshold_may_fall():
     for progress, is_frozen in ((0., False), (0.5, False), (1., True)):
         layer = layer_of(0.)
-        oscillations = Oscillations(layer, freezing=[0.9, 0.3], momentum=0.25)
+        oscillations = oscillations_of(layer, freezing=[0.9, 0.3], momentum=0.25)
         follow(oscillations, layer, [[1], [0], [1]], progress)  # frequency 0.44
         assert oscillations.states['']['frozen'].item() is is_frozen
 
 
 def test_edges_are_left_alone():
     model = nn.ModuleDict({'block': layer_of(0.), 'head': layer_of(0., bits=8)})
-    assert list(Oscillations(model).layers) == ['block']
+    assert list(oscillations_of(model).layers) == ['block']
     with pytest.raises(UserError, match='no weights of fewer than 8 bits'):
-        Oscillations(nn.Linear(2, 2))
+        oscillations_of(nn.Linear(2, 2))
     with pytest.raises(ValueError, match='another network'):
-        Oscillations(model).load_state_dict(Oscillations(layer_of(0., 0.)).state_dict())
+        oscillations_of(model).load_state_dict(oscillations_of(layer_of(0., 0.)).state_dict())
 
 
 def final_frequency(**options: object) -> float:
     """Mean frequency at the end of a regression whose best weights lie between two codes."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(1, 16, generator=generator, dtype=torch.float64)
-    layer = layer_of(*[0.] * 16, step=0.7)
+    layer = layer_of(*[0.] * 16, scale=0.7)
     layer.act.set_qparams(torch.tensor(1e-3), torch.tensor(0.), signed=True)
-    oscillations = Oscillations(layer, **options)
+    oscillations = oscillations_of(layer, **options)
     optimizer = torch.optim.SGD([layer.weight], lr=0.05)
     for update in range(300):
         loss = (layer.quantized_weight() + layer.weight - layer.weight.detach() - target).square().sum()
         optimizer.zero_grad()
-        oscillations.add_dampening({'loss': loss}, update / 300)['loss'].backward()
+        sum(oscillations.loss_parts(update / 300).values(), start=loss).backward()
         optimizer.step()
         clamp_steps_(layer)
-        oscillations.update(update / 300)
+        oscillations.after_update(update / 300)
     return oscillations.states['']['frequency'].mean().item()
 
 
@@ -147,6 +160,7 @@ def test_both_methods_calm_a_regression():
 FLAGS = (*TINY, '--epochs', 2, '--oscillation-dampening', '0.1', '--oscillation-freezing', '0.05', '0.01')
 
 
+@pytest.mark.whole_run
 def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, capsys):
     resumed, whole = resume_after_an_epoch(tmp_path, *FLAGS)
     assert 'loss_dampening: ' in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -16,7 +15,7 @@ import engine
 from checkpoints.files import read_checkpoint
 from training.state import Training
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.whole_run]
 BATCHES, EPOCHS = 11, 3
 
 
@@ -59,7 +58,7 @@ def test_continues_after_an_epoch(flags, whole, tmp_path, name, workers):
 
 
 @pytest.mark.parametrize(('number', 'workers', 'at'), [(signal.SIGTERM, 2, 6), (signal.SIGINT, 0, BATCHES + 2)])
-def test_a_signal_ends_the_step_and_the_run_continues_there(
+def test_a_signal_ends_the_batch_and_the_run_continues_there(
         flags, whole, tmp_path, monkeypatch, capsys, number, workers, at):
     update, calls = Training.update, []
 
@@ -74,10 +73,10 @@ def test_a_signal_ends_the_step_and_the_run_continues_there(
     assert run(*flags, '--output_dir', tmp_path, '--num_workers', workers) == 0
     assert len(calls) == at
     assert signal.getsignal(number) == before
-    epoch, step = divmod(at, BATCHES)
-    assert f'stopped by a signal in epoch {epoch} after batch {step} of {BATCHES}' in capsys.readouterr().out
+    epoch, batches = divmod(at, BATCHES)
+    assert f'stopped by a signal in epoch {epoch} after batch {batches} of {BATCHES}' in capsys.readouterr().out
     state = read_checkpoint(tmp_path / 'checkpoint.pth')
-    assert (state['epoch'], state['step']) == (epoch, step)
+    assert (state['epoch'], state['step']) == (epoch, batches)
     assert run(*flags, '--output_dir', tmp_path, '--resume', 'auto', '--num_workers', workers) == 0
     assert_same_run(tmp_path, whole)
 
@@ -85,9 +84,9 @@ def test_a_signal_ends_the_step_and_the_run_continues_there(
 def test_a_signal_during_evaluation(flags, whole, tmp_path, monkeypatch):
     evaluate = engine.evaluate
 
-    def signal_and_evaluate(*args):
+    def signal_and_evaluate(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, 'evaluate', signal_and_evaluate)
@@ -99,10 +98,11 @@ def test_a_signal_during_evaluation(flags, whole, tmp_path, monkeypatch):
     assert_same_run(tmp_path, whole)
 
 
-def test_killed_at_a_random_step(flags, whole, tmp_path):
-    epoch, step = random.choice([(0, 8), (1, 4), (2, 0), (2, 10)])
+@pytest.mark.processes
+@pytest.mark.parametrize(('epoch', 'batch'), [(0, 8), (1, 4), (2, 0), (2, 10)])
+def test_killed_within_an_epoch(flags, whole, tmp_path, epoch, batch):
     process = Fork(tmp_path, *flags, '--output_dir', tmp_path)
-    while not (process.stdout.exists() and f'Epoch: [{epoch}]  [{step:2d}/' in process.stdout.read_text()):
+    while not (process.stdout.exists() and f'Epoch: [{epoch}]  [{batch:2d}/' in process.stdout.read_text()):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
