@@ -40,9 +40,9 @@ def versions() -> str:
 
 
 def reset_peak_resident() -> int | None:
-    """VmHWM begins anew at the bytes returned; None where the system refuses."""
+    """Lets the peak, VmHWM, begin anew, and returns the bytes it begins at; None where the system refuses."""
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)  # glibc's
-    trim(0)  # empties the holes that the warm-up left: filling them again would not show as growth
+    trim(0)  # The warm-up leaves holes, and filling them again would not show as growth.
     with contextlib.suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5')
         return resident('VmRSS')
@@ -56,12 +56,12 @@ def resident(field: str) -> int:
 
 
 def bytes_in_tensors() -> int:
-    """Of every CPU tensor that Python knows; views count once."""
+    """How many bytes all CPU tensors that Python knows take together; views of one storage count once."""
     gc.collect()
     storages = {}
     for tensor in gc.get_objects():
         if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == 'cpu':
-            with contextlib.suppress(RuntimeError):  # the compiler's: they have no data
+            with contextlib.suppress(RuntimeError):  # the compiler's own tensors have no data
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 

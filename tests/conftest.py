@@ -12,6 +12,13 @@ import ops
 from quant_vision_transformer import QAttention
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs the trained teacher waits for a whole run, even if its own part is short."""
+    for item in items:
+        if 'teacher_path' in getattr(item, 'fixturenames', ()):
+            item.add_marker(pytest.mark.whole_run)
+
+
 @pytest.fixture
 def one_thread():
     before = torch.get_num_threads()

@@ -82,6 +82,7 @@ def settings():
     return training_step.parse_args('--batch-size 2 --input-size 32 --repeats 2 --device cpu --threads 1'.split())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_thread')
 def test_the_parts_of_a_training_step(settings):
     batch = training_step.build_batch(settings)
@@ -108,6 +109,7 @@ def test_the_two_forms_of_dgd_that_are_timed_are_equal():
                                distribution_guided_distillation(student, teacher, 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
 def test_memory_holds_the_network_and_its_peak(settings):
     weights = sum(parameter.nbytes for parameter in timm.create_model(settings.model, img_size=32).parameters()) / 1e6
@@ -163,6 +165,7 @@ def test_the_teacher_is_asked_once_for_every_image(small):
             torch.testing.assert_close(block.tokens.float(), of_block.tokens, rtol=1e-2, atol=1e-2)  # kept as bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('name', ['4bit', '4bit-dgd-1', '4bit-hard', '4bit-stored', '4bit-dampening', '2bit-freezing'])
 def test_a_row_learns(name, small):

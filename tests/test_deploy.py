@@ -22,7 +22,7 @@ from deployment import packing
 from deployment.integer import IntegerViT
 from deployment.predictor import TERMS
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.slow]
 NAME = 'fourbits_deit_tiny_patch16_224'
 KWARGS = {'depth': 2, 'patch_size': 8, 'embed_dim': 128, 'num_heads': 2}
 DATA = SHARED / 'data'

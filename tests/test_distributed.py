@@ -16,7 +16,7 @@ import utils
 from checkpoints.files import read_checkpoint
 from training.state import Training
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.processes]
 BATCHES = 5  # of an epoch on each rank
 
 

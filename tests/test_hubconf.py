@@ -92,6 +92,7 @@ def test_mistakes(files, name, options, line):
         load(name, **{**options, 'checkpoint': str(files / options['checkpoint'])})
 
 
+@pytest.mark.processes
 def test_programs_with_modules_of_the_same_names(files, tmp_path):
     """Their `utils` stays theirs, imported before or after, and the network can be pickled."""
     (tmp_path / 'utils.py').write_text('MINE = True\n')

@@ -52,6 +52,7 @@ def student(teacher_path, tmp_path_factory):
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole_run
 def test_the_log_says_what_happened(student):
     said = (student / 'said.txt').read_text()
     assert '--dgd-weight 1: the layers and heads of the teacher match' in said
@@ -105,6 +106,7 @@ def test_tensorboard(student):
     assert events.Scalars('clipped/blocks.0.mlp.fc1')[-1].value == pytest.approx(outside.float().mean().item())
 
 
+@pytest.mark.whole_run
 def test_descent_to_fewer_bits(student, tmp_path, capsys, monkeypatch):
     """A quantized network is start and teacher."""
     four = student / 'best_checkpoint.pth'
@@ -129,6 +131,7 @@ def test_descent_to_fewer_bits(student, tmp_path, capsys, monkeypatch):
     assert torch.equal(teacher.eval()(images), source(images))
 
 
+@pytest.mark.whole_run
 def test_evaluation_needs_the_file_only(student, capsys):
     log = [json.loads(text) for text in (student / 'log.txt').read_text().splitlines()]
     assert run('--eval', '--resume', student / 'checkpoint.pth', '--model-ema', '--num_workers', 0) == 0
@@ -159,6 +162,7 @@ def test_a_file_of_the_released_form(student, tmp_path, capsys):
     assert f'* Acc@1 {log["test_acc1"]:.3f}' in capsys.readouterr().out
 
 
+@pytest.mark.whole_run
 def test_options_reach_the_network(tmp_path):
     assert run(*TINY, '--epochs', 1, '--output_dir', tmp_path, '--drop', '0.1', '--model-kwargs', 'irm=False',
                'act_granularity=tensor', 'weight_bits=2', *SHAPE[1:]) == 0
@@ -180,6 +184,7 @@ def photographs(tmp_path_factory):
     return root
 
 
+@pytest.mark.whole_run
 def test_the_published_commands(photographs, tmp_path, capsys):
     """As in the published README but for paths, --device, --teacher-path and the sizes."""
     torch.manual_seed(0)
@@ -200,6 +205,7 @@ def test_the_published_commands(photographs, tmp_path, capsys):
     assert accuracy in capsys.readouterr().out
 
 
+@pytest.mark.whole_run
 def test_augmentation_flags_of_photographs(photographs, tmp_path):
     common = (*TINY, '--data-path', photographs, '--batch-size', 2, '--epochs', 1)
     states = []
@@ -289,6 +295,7 @@ def test_booleans_in_any_case_and_options_over_flags():
     assert student.blocks[1].drop_path.drop_prob == pytest.approx(0.3)
 
 
+@pytest.mark.whole_run
 def test_mistakes_that_only_the_files_show(teacher_path, photographs, tmp_path, capsys, monkeypatch):
     distill = ('--distillation-type', 'soft', '--num_workers', 0, '--device', 'cpu')
     bare = tmp_path / 'bare.pth'
@@ -333,6 +340,7 @@ def test_mistakes_that_only_the_files_show(teacher_path, photographs, tmp_path, 
     assert err.startswith(f'error: {broken} is not a readable image') and err.count('\n') == 1
 
 
+@pytest.mark.whole_run
 def test_dgd_is_left_out_where_it_cannot_be_computed(teacher_path, tmp_path, capsys):
     assert run(*TINY, '--epochs', 1, '--teacher-path', teacher_path, '--distillation-type', 'soft', '--model-kwargs',
                'depth=1', *(part for part in SHAPE[1:] if 'depth' not in part), '--output_dir', tmp_path) == 0

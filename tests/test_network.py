@@ -272,6 +272,7 @@ def assert_close(actual, expected, scale, name=None):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * scale, msg=name)
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_eager_one():
     torch.compiler.reset()
     model, x = calibrated(depth=1).train(), images()  # a block is a block, and compiling takes long
@@ -287,6 +288,7 @@ def test_compiled_training_is_the_eager_one():
         assert_close(parameter.grad, expected[name], scale, name)
 
 
+@pytest.mark.slow
 def test_compiled_evaluation_is_the_eager_one():
     torch.compiler.reset()
     model, x = calibrated(depth=1).eval(), images()
@@ -294,6 +296,7 @@ def test_compiled_evaluation_is_the_eager_one():
         assert_close(torch.compile(model, backend='aot_eager', fullgraph=True, dynamic=False)(x), model(x), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', OPTIONS[1:4], ids=str)
 def test_options_compile_too(options):
     torch.compiler.reset()

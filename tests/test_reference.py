@@ -54,11 +54,13 @@ def assert_close(actual, expected):
     assert np.abs(actual - expected).max() <= RELATIVE * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_evaluation(network, reference, images_and_labels):
     with torch.no_grad():
         assert_close(network.eval()(images_and_labels[0]), reference['eval_logits'])
 
 
+@pytest.mark.slow
 def test_training_forward_loss_and_every_gradient(network, reference, images_and_labels):
     images, labels = images_and_labels
     outputs = network.train()(images)
@@ -74,6 +76,7 @@ def test_training_forward_loss_and_every_gradient(network, reference, images_and
     np.testing.assert_allclose(norms, reference['grad_norms'], rtol=RELATIVE, atol=1e-18)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('implementation', ['torch', 'cpu'], indirect=True)  # the reference is slow
 def test_five_sgd_updates(network, reference, images_and_labels):
     images, labels = images_and_labels
@@ -88,6 +91,7 @@ def test_five_sgd_updates(network, reference, images_and_labels):
     np.testing.assert_allclose(losses, reference['sgd_losses'], rtol=RELATIVE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('explicitly', [True, False])
 def test_first_batch_calibration(keys, reference, images_and_labels, explicitly):
     state = state_dict_for(keys)

@@ -19,6 +19,8 @@ from checkpoints.files import write_checkpoint
 from checkpoints.networks import ModelInfo
 from visualize import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):

@@ -53,6 +53,7 @@ def test_size_by_hand(size, dim, heads):
         DEPTH * 12 * dim ** 2 + edges + hand_float_parameters(dim))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['deit_tiny_distilled_patch16_224', 'vit_deit_small_distilled_patch16_224'])
 def test_the_reference_is_the_full_precision_network(name):
     full = timm.create_model(name)

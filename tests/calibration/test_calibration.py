@@ -159,6 +159,7 @@ def relative_error(model: nn.Module, net: nn.Module, images: torch.Tensor) -> fl
         return ((model.eval()(images) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, {'irm': False}, {'quantize_attn': False}, {'act_granularity': 'tensor'},
                                      {'dynamic_img_size': True}], ids=str)
 def test_it_comes_closer_than_the_published_calibration(options):
@@ -181,6 +182,7 @@ def test_with_eight_bits_irm_passes_on_the_full_precision_attention():
     assert relative_error(identity, net, images) > 0.1
 
 
+@pytest.mark.slow
 def test_irm_of_a_quantized_start_is_part_of_the_network_to_come_close_to():
     images = torch.randn(64, 3, 32, 32)
     more = quantized(full_precision(), weight_bits=8, act_bits=8)
@@ -190,6 +192,7 @@ def test_irm_of_a_quantized_start_is_part_of_the_network_to_come_close_to():
     assert relative_error(fewer, more.eval(), images) < 0.03
 
 
+@pytest.mark.slow
 def test_the_result_follows_from_weights_and_images_alone():
     net, images = full_precision(), torch.randn(16, 3, 32, 32)
     first, second = quantized(net), quantized(net)
@@ -235,6 +238,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.save({'together': model.state_dict(), 'alone': alone.state_dict(), 'ranges': ranges}, f'{folder}/{rank}.pth')
 
 
+@pytest.mark.processes
 def test_ranks_end_alike(tmp_path):
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in (0, 1))
@@ -251,6 +255,7 @@ def accuracy(said: str) -> float:
     return float(said.rpartition('* Acc@1 ')[2].split()[0])
 
 
+@pytest.mark.slow
 def test_evaluation_after_calibration_alone(teacher_path, tmp_path, capsys):
     flags = *TINY, '--finetune', teacher_path, '--model', 'fourbits_deit_tiny_patch16_224', '--eval'
     assert run(*flags, '--output_dir', tmp_path / 'out') == 0

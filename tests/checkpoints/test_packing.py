@@ -103,6 +103,7 @@ def test_size_is_that_of_the_bits(weight_bits, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['file.safetensors']  # nothing is left beside it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'most'), [(NAME, 3.8e6), ('twobits_deit_small_patch16_224', 7.5e6)])
 def test_full_size_files(name, most, tmp_path):
     model = timm.create_model(name)

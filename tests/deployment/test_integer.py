@@ -240,6 +240,7 @@ def test_what_is_refused():
         IntegerViT(network(num_classes=0))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DEIT.is_file() and PHOTOGRAPHS.is_dir()), reason='the DeiT-Tiny weights or photographs are '
                                                                          'not here')
 def test_deit_on_photographs_is_exact():

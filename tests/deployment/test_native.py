@@ -91,12 +91,14 @@ def test_result_of_an_image_does_not_depend_on_its_batch():
 # kernels. So few blocks do anything at a time, and the others add 0.
 
 
+@pytest.mark.slow
 def test_whole_depth_and_resolution():
     network, images = make(size=(224, 224), depth=12, images=3, active=(0, 11))
     logits = assert_agree(network, images)
     assert (logits - logits[0]).abs().amax(1)[1:].min() > 0.1 * logits.std()  # they depend on the images
 
 
+@pytest.mark.slow
 def test_every_block_has_its_own_weights_and_scales():
     alone = []
     for index in (1, 5, 10):
@@ -123,6 +125,7 @@ def test_every_instruction_set_gives_the_same(own_cache, monkeypatch, flags, nee
     assert error.median() < 1e-4
 
 
+@pytest.mark.slow
 def test_compiled_once(own_cache, monkeypatch):
     network, _ = make(depth=1)
     native.NativeViT(network)

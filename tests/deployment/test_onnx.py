@@ -25,6 +25,8 @@ from deployment.integer import IntegerViT, IntLinear, Quantizer, UnsignedCodes
 from deployment.onnx_export import export_onnx
 from utils import UserError
 
+pytestmark = pytest.mark.slow
+
 onnx = require('onnx')
 ort = require('onnxruntime')
 

@@ -144,6 +144,7 @@ def test_softmax_is_accurate_and_nan_stays_in_its_row():
     assert softmax[0, 0, 0].isnan().all() and softmax.isnan().sum() == 33
 
 
+@pytest.mark.slow
 def test_compiled_products_are_those_of_the_kernels():
     quantizers = [QParams(torch.rand(size) * .2 + .1, torch.randn(size), -8, 7) for size in [(6,)] + [(3, 1, 1)] * 4]
     weight, of_weight = torch.randn(4, 6), QParams(torch.rand(4, 1) + .1, None, -8, 7)

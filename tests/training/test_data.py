@@ -159,6 +159,7 @@ def test_memory_is_pinned_for_gpus(pin_mem, device, pinned):
     assert loader.pin_memory is pinned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.processes)])
 def test_loading_leaves_the_random_state_alone(workers):
     loading = Loading(512, num_workers=workers)

@@ -38,6 +38,7 @@ def all_classes(teacher_path, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_with_all_classes_the_labels_are_the_teachers_softmax(all_classes, teacher_path):
     stored = StoredLabels.read(all_classes)
     assert stored.values.shape == stored.indices.shape == (1442, 2, 10) and stored.boxes.shape == (1442, 2, 4)
