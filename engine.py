@@ -96,8 +96,7 @@ def train_one_epoch(
             training.update(loop.clip_grad, (training.batches_done + 1) / total)
         training.batches_done += 1
 
-        logger.update(lr=training.optimizer.param_groups[0]['lr'],
-                      **{name: part.detach() for name, part in parts.items()})
+        logger.update(**_rates(training), **{name: part.detach() for name, part in parts.items()})
         if logger.end_batch() or stopping or (stop.requested and not dist.is_initialized()):
             stopping = _read(logger, training, stopping or stop.requested)
             logger.print_line()
@@ -139,6 +138,13 @@ def _losses(network: nn.Module, training: Training, criterion: DistillationLoss,
         else:
             outputs, blocks = network(images), None
         return training.add_methods_parts(criterion(images, outputs, labels, blocks))
+
+
+def _rates(training: Training) -> dict[str, float]:
+    """The largest learning rate, and the smallest where the groups differ; with fp16 the updates that were skipped."""
+    rates = [group['lr'] for group in training.optimizer.param_groups]
+    said = {'lr': max(rates)} | ({'lr_min': min(rates)} if min(rates) < max(rates) else {})
+    return said | ({'skipped': training.skipped} if training.scaler.is_enabled() else {})
 
 
 def _read(logger: MetricLogger, training: Training, stopping: bool) -> bool:

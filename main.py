@@ -335,6 +335,7 @@ def train(args: Namespace, setting: Setting) -> None:
     device, ranks, loading = setting.device, setting.ranks, pick(data.Loading, vars(args))
     dataset, dataset_val = build_datasets(args, ranks)
     loader, sampler = data.build_train_loader(dataset, loading, ranks, device)
+    batches = len(sampler.sampler) // args.batch_size
 
     utils.seed_everything(args.seed)  # alike on all ranks
     model = build_student(args, setting, len(dataset.classes))
@@ -351,13 +352,13 @@ def train(args: Namespace, setting: Setting) -> None:
     print(f'number of params: {args.n_parameters}')
     if setting.checkpoint is not None:
         resume_and_say(args.resume, training, setting.checkpoint, pick(Position, vars(args)),
-                       pick(OptimizerConfig, vars(args)), pick(ScheduleConfig, vars(args)), ranks)
+                       pick(OptimizerConfig, vars(args)), pick(ScheduleConfig, vars(args)), ranks, batches)
 
     info, folder, record = describe_network(args, dataset), None, None
     if args.output_dir:
         folder = CheckpointFolder(Path(args.output_dir), ranks.rank == 0, plain(args), info)
     if folder is not None and folder.is_writer:
-        record = RunRecord(folder.path, training, info, dataset_val, len(sampler.sampler) // args.batch_size,
+        record = RunRecord(folder.path, training, info, dataset_val, batches,
                            args.batch_size * ranks.world_size, vars(plain(args)), vars(plain(parse_args([]))))
     loader_val = data.build_eval_loader(dataset_val, loading, ranks, device)
     mixup = data.build_mixup(pick(data.Mixing, vars(args)), len(dataset.classes))

@@ -157,22 +157,27 @@ def init_distributed(device: str, world_size: int, dist_url: str) -> tuple[torch
         raise UserError(f'--world_size {world_size}, but {world} process{"es" if world > 1 else ""} started: '
                         f'start with torchrun --nproc_per_node={world_size}')
     own = torch.device(device)
+    if own.type == 'cuda':
+        own = own if world == 1 else torch.device('cuda', _gpu_of(local_rank, local_world))
+        torch.cuda.set_device(own)
     if world == 1:
         return own, Ranks(rank, world)
 
-    if own.type == 'cuda':
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f'{local_world} processes on a node with {torch.cuda.device_count()} GPUs: '
-                            'start one process per GPU')
-        own = torch.device('cuda', local_rank)
-        torch.cuda.set_device(own)
-    elif 'OMP_NUM_THREADS' not in os.environ:
+    if own.type != 'cuda' and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if dist_url == 'env://' and 'MASTER_ADDR' not in os.environ:
         _address_from_slurm()
     dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', init_method=dist_url, rank=rank,
                             world_size=world, timeout=timedelta(minutes=30))
     return own, Ranks(rank, world)
+
+
+def _gpu_of(local_rank: int, local_world: int) -> int:
+    """The index of a process' GPU. A launcher that shows each process one GPU, its own, calls it 0 in all of them."""
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise UserError(f'{local_world} processes on a node with {visible} GPUs: start one process per GPU')
+    return 0 if visible == 1 else local_rank
 
 
 def _address_from_slurm() -> None:
@@ -361,7 +366,7 @@ class MetricLogger:
             for name, value in values.items():
                 number = next(numbers) if isinstance(value, Tensor) else value
                 finite = finite and np.isfinite(number)
-                form = '{last:.6f}' if name == 'lr' else '{median:.4f} ({mean:.4f})'
+                form = '{last:.6f}' if name in ('lr', 'lr_min') else '{median:.4f} ({mean:.4f})'
                 self.meters.setdefault(name, SmoothedValue(form)).update(number)
         self._waiting = []
         return bool(finite)

@@ -1,4 +1,4 @@
-"""Drawing with matplotlib: what `inspection.py` and `codes.py` measured becomes figures, readable without colours."""
+"""Drawing with matplotlib: what this wing measured becomes figures, readable without colours."""
 from __future__ import annotations
 
 import math

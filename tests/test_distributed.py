@@ -174,3 +174,25 @@ def test_other_ranks_leave_a_mistake_to_rank_0(monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert run('--epochs', 0) == 2
     assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize(('local_rank', 'visible', 'index'), [(0, 1, 0), (3, 1, 0), (3, 4, 3), (1, 8, 1)])
+def test_the_gpu_of_a_process(monkeypatch, local_rank, visible, index):
+    """A launcher may show each process its own GPU alone, which then is number 0."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: visible)
+    assert utils._gpu_of(local_rank, 4) == index
+
+
+def test_too_few_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(utils.UserError, match='4 processes on a node with 2 GPUs'):
+        utils._gpu_of(2, 4)
+
+
+def test_a_single_process_uses_the_gpu_that_it_is_told(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    for name in ('RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    device, ranks = utils.init_distributed('cuda:1', 1, 'env://')
+    assert device == torch.device('cuda:1') and chosen == [device] and ranks == (0, 1)

@@ -8,10 +8,9 @@ from argparse import Namespace
 
 import timm
 import torch
-from torch import nn
 
 from training.data import Mixing
-from training.optimizer import OptimizerConfig, build_optimizer
+from training.optimizer import OptimizerConfig, check_optimizer
 from utils import UserError, closest, pick
 
 __all__ = ['check_args']
@@ -108,4 +107,4 @@ def _check_training(args: Namespace) -> None:
              f'--batch-size {args.batch_size}: mixup and cutmix need an even one')
     _require('adahessian' not in args.opt.lower(), '--opt adahessian needs second derivatives, which quantizers do not '
                                                    'have: choose another')
-    build_optimizer(pick(OptimizerConfig, vars(args)), nn.Linear(1, 1))
+    check_optimizer(pick(OptimizerConfig, vars(args)))

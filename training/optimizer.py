@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from _quan_base import named_quantizers
 from utils import UserError
 
-__all__ = ['OptimizerConfig', 'build_optimizer']
+__all__ = ['OptimizerConfig', 'build_optimizer', 'check_optimizer']
 
 # apex's own defaults, spelled out so that neither library's can drift away from the published update. timm's Lamb
 # always adds the decay to the update (adam_w_mode) and by always_adapt=False skips the trust ratio where there is no
@@ -46,16 +46,17 @@ class OptimizerConfig:
     step_lr_scale: float = 1.
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, model: nn.Module, announce: bool = True) -> torch.optim.Optimizer:
     """The optimizer that `--opt` names, over the parameters of `model` that require gradients.
 
     One-dimensional parameters (biases, norms, scales and zero points of quantizers) and those that
     `model.no_weight_decay()` names (position embedding, class and distillation token) get no weight decay. Scales and
     zero points learn at `step_lr_scale` times the rate; the scheduler multiplies it in. `fusedlamb` is apex's where it
-    can be used, else timm's Lamb with the same update; a line is printed once when it is timm's.
+    can be used on the model's device, else timm's Lamb with the same update.
 
     Args:
-        model: not wrapped in DDP, which hides `no_weight_decay`.
+        model: on its device; not wrapped in DDP, which hides `no_weight_decay`.
+        announce: whether a line says, once, that `fusedlamb` is timm's.
 
     Raises:
         UserError: no optimizer of that name, one that is not installed, or values that it does not take.
@@ -63,12 +64,12 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     assert not isinstance(model, DistributedDataParallel), 'build the optimizer from the model inside DDP (.module)'
     kwargs = timm.optim.optimizer_kwargs(config)
     kwargs['opt'] = name = config.opt.lower()
-    if name == 'fusedlamb':
-        if _apex_is_usable():
-            kwargs.update(_LAMB, **_APEX_ONLY)
-        else:
+    if name == 'fusedlamb' and _apex_is_usable(next(model.parameters()).device):
+        kwargs.update(_LAMB, **_APEX_ONLY)
+    elif name == 'fusedlamb':
+        if announce:
             _announce_timm_lamb()
-            kwargs.update(_LAMB, **_TIMM_ONLY, opt='lamb')
+        kwargs.update(_LAMB, **_TIMM_ONLY, opt='lamb')
     else:
         _check_name(name)
     parameters = _by_learning_rate(model, kwargs, config.step_lr_scale)
@@ -79,6 +80,15 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         reason = str(error).partition('\n')[0] or type(error).__name__
         raise UserError(f'--opt {config.opt} cannot be used ({reason}): '
                         'correct the optimizer flags or choose another, e.g. --opt adamw') from error
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Refuses what `build_optimizer` would refuse, before there is a network, on the CPU.
+
+    Raises:
+        UserError: see `build_optimizer`.
+    """
+    build_optimizer(config, nn.Linear(1, 1), announce=False)
 
 
 def _by_learning_rate(model: nn.Module, kwargs: dict[str, Any], step_lr_scale: float) -> nn.Module | list[dict]:
@@ -99,11 +109,12 @@ def _by_learning_rate(model: nn.Module, kwargs: dict[str, Any], step_lr_scale: f
     return groups
 
 
-def _apex_is_usable() -> bool:
-    if not torch.cuda.is_available():
+def _apex_is_usable(device: torch.device) -> bool:
+    if device.type != 'cuda':
         return False
     try:
-        from apex.optimizers import FusedLAMB  # noqa: F401  (a package on PyPI called apex has no such optimizer)
+        import amp_C  # noqa: F401  the CUDA extension of apex, without which its optimizers refuse to be built
+        from apex.optimizers import FusedLAMB  # noqa: F401  a package on PyPI called apex has no such optimizer
     except ImportError:
         return False
     return True

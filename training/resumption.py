@@ -27,11 +27,12 @@ class Position:
 
 
 def resume(training: Training, checkpoint: dict[str, Any], position: Position, optimizer: OptimizerConfig,
-           schedule: ScheduleConfig, ranks: Ranks) -> list[str]:
+           schedule: ScheduleConfig, ranks: Ranks, batches: int) -> list[str]:
     """Continues from a checkpoint, whose network must have been loaded: takes what it says of the rest of the state.
 
     Args:
         position, optimizer, schedule: those of this run, to be compared with what the checkpoint says of its own.
+        batches: how many an epoch of this run has.
 
     Returns:
         What could not be taken, a line each.
@@ -45,8 +46,8 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
     other_optimizer = _changed({'opt': optimizer.opt}, saved) if is_own else FOREIGN
     other_schedule = _changed(asdict(schedule), saved) if is_own else FOREIGN
     return [*_resume_position(training, checkpoint, _changed(asdict(position), saved)),
-            *_resume_optimizer(training, checkpoint.get('optimizer'), other_optimizer, keep_lr=not other_schedule),
-            *_resume_schedule(training, checkpoint, other_schedule),
+            *_resume_optimizer(training, checkpoint.get('optimizer'), other_optimizer),
+            *_resume_schedule(training, other_schedule, batches),
             *_resume_scaler(training, checkpoint.get('scaler')),
             *_resume_average(training, checkpoint.get('model_ema')),
             *_resume_methods(training, checkpoint),
@@ -54,9 +55,9 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
 
 
 def resume_and_say(path: str, training: Training, checkpoint: dict[str, Any], position: Position,
-                   optimizer: OptimizerConfig, schedule: ScheduleConfig, ranks: Ranks) -> None:
+                   optimizer: OptimizerConfig, schedule: ScheduleConfig, ranks: Ranks, batches: int) -> None:
     """`resume` from the checkpoint of that path; says what could not be taken, and where the run goes on."""
-    for note in resume(training, checkpoint, position, optimizer, schedule, ranks):
+    for note in resume(training, checkpoint, position, optimizer, schedule, ranks, batches):
         print(f'{path}: {note}')
     if training.epoch >= schedule.epochs + schedule.cooldown_epochs:
         print(f'{path}: all {training.epoch} epochs are done, a larger --epochs would go on')
@@ -80,10 +81,11 @@ def _resume_position(training: Training, checkpoint: dict[str, Any], changed: li
     return [] if 'epoch' in checkpoint else ['epoch: not in the checkpoint, training starts with epoch 0']
 
 
-def _resume_optimizer(training: Training, state: dict[str, Any] | None, misfits: list[str], keep_lr: bool) -> list[str]:
-    groups = training.optimizer.param_groups
-    flags = ('weight_decay', 'initial_lr', 'lr_scale', 'betas', 'eps', 'momentum', *(() if keep_lr else ('lr',)))
-    wanted = [{name: group[name] for name in flags if name in group} for group in groups]
+def _resume_optimizer(training: Training, state: dict[str, Any] | None, misfits: list[str]) -> list[str]:
+    # What the optimizer of this run was built with wins over the file: flags that the user changed, and options of its
+    # library. So a run that was made with apex's LAMB goes on with timm's, and the reverse.
+    wanted = [{name: value for name, value in group.items() if name != 'params'}
+              for group in training.optimizer.param_groups]
     try:
         if state is None or misfits:
             raise ValueError(', '.join(misfits) or 'not in the checkpoint')
@@ -91,15 +93,14 @@ def _resume_optimizer(training: Training, state: dict[str, Any] | None, misfits:
     except (KeyError, ValueError) as error:
         return [f'optimizer: not taken ({" ".join(str(error).split())}), its moments start from zero']
     for group, values in zip(training.optimizer.param_groups, wanted, strict=True):
-        group.update(values)  # flags win over the file, which differs from them only where the user changed them
+        group.update(values)
     return []
 
 
-def _resume_schedule(training: Training, checkpoint: dict[str, Any], misfits: list[str]) -> list[str]:
+def _resume_schedule(training: Training, misfits: list[str], batches: int) -> list[str]:
+    training.schedule.continue_within(training.epoch, training.batches_done / batches)
     if not misfits:
-        training.schedule.load_state_dict(checkpoint['lr_scheduler'])
         return []
-    training.schedule.begin_epoch(training.epoch)
     return [f'lr_scheduler: not taken ({", ".join(misfits)}), the learning rate follows from the epoch and the flags '
             'of this run']
 

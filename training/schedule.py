@@ -34,7 +34,10 @@ class ScheduleConfig:
 
 
 class Schedule:
-    """Sets the learning rate of an optimizer, at every epoch or at every update.
+    """Sets the learning rate of every group of an optimizer, at every epoch or at every update.
+
+    The rate is a function of the flags, the epoch and the update. So it is computed, also by a run that is resumed, and
+    never read from a checkpoint.
 
     Args:
         seed: of the noise.
@@ -47,6 +50,7 @@ class Schedule:
             decay_rate=config.decay_rate, min_lr=config.min_lr, warmup_lr=config.warmup_lr,
             warmup_epochs=config.warmup_epochs, noise=config.lr_noise, noise_pct=config.lr_noise_pct,
             noise_std=config.lr_noise_std, noise_seed=seed)
+        self._optimizer, self._first = optimizer, [group['lr'] for group in optimizer.param_groups]
 
     def begin_epoch(self, epoch: int) -> None:
         """Sets the learning rate with which the epoch begins."""
@@ -54,14 +58,21 @@ class Schedule:
         # published runs. The first two epochs share one learning rate.
         if epoch:
             self._schedule.step(epoch if self.on_updates else epoch - 1)
+            return
+        for group, rate in zip(self._optimizer.param_groups, self._first, strict=True):
+            group['lr'] = rate
 
     def after_update(self, epochs_done: float) -> None:
         """Sets the learning rate of the next update, of which it is known how many epochs are done before it."""
         if self.on_updates:
             self._schedule.step(epochs_done)  # timm's schedules are functions of any number of epochs
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._schedule.state_dict()
+    def continue_within(self, epoch: int, share_of_epoch: float) -> None:
+        """Sets the learning rate of an epoch of which a share is done, in [0, 1]."""
+        self.begin_epoch(epoch)
+        if share_of_epoch:
+            self.after_update(epoch + share_of_epoch)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._schedule.load_state_dict(state)
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint's `lr_scheduler`, which other programs may read."""
+        return self._schedule.state_dict()

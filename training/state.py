@@ -17,6 +17,9 @@ from training.optimizer import OptimizerConfig, build_optimizer
 from training.schedule import Schedule, ScheduleConfig
 from utils import DivergedError, rng_states
 
+# The loss scale is halved at each skipped update: after so many in a row it is below any that helps.
+MOST_SKIPPED = 50
+
 __all__ = ['Averaging', 'CheckpointFolder', 'Training', 'build_training']
 
 
@@ -40,6 +43,7 @@ class Training:
         batches_done: of that epoch. If it is all of them, the evaluation is still due.
         max_accuracy: best top-1 so far, in percent; below 0 before the first evaluation.
         progress: share of the run that is done, in [0, 1], for what changes by the update.
+        skipped: updates of this epoch that were skipped because gradients overflowed in half precision.
     """
 
     model: nn.Module
@@ -53,6 +57,8 @@ class Training:
     batches_done: int = 0
     max_accuracy: float = -1.
     progress: float = field(default=0., init=False)
+    skipped: int = field(default=0, init=False)
+    _skipped_in_a_row: int = field(default=0, init=False)
 
     @property
     def n_parameters(self) -> int:
@@ -72,21 +78,34 @@ class Training:
         Args:
             clip_grad: largest norm of the gradient; None for any.
             share_of_epoch: that is done with this update, in (0, 1].
+
+        Raises:
+            DivergedError: nothing can be learned, because every update is skipped.
         """
         self.scaler.unscale_(self.optimizer)
         if clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), clip_grad)
         for method in self.methods:
             method.before_update()
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._count_skipped(self.scaler.get_scale() < scale)
+        self.optimizer.zero_grad()  # some optimizers take no argument here
         clamp_steps_(self.model)
         for method in self.methods:
             method.after_update(self.progress)
         if self.ema is not None:
             self.ema.update(self.model)
         self.schedule.after_update(self.epoch + share_of_epoch)
+
+    def _count_skipped(self, is_skipped: bool) -> None:
+        self.skipped += is_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise DivergedError(f'{MOST_SKIPPED} updates in a row were skipped by batch {self.batches_done} of epoch '
+                                f'{self.epoch}, because gradients overflow in half precision: pass --amp bf16 or none, '
+                                'or lower --lr')
 
     def take_accuracy(self, accuracy: float) -> bool:
         """Notes an epoch's top-1, in percent, and says whether it is the best so far."""
@@ -95,7 +114,7 @@ class Training:
         return is_best
 
     def end_epoch(self) -> None:
-        self.epoch, self.batches_done = self.epoch + 1, 0
+        self.epoch, self.batches_done, self.skipped = self.epoch + 1, 0, 0
         self.schedule.begin_epoch(self.epoch)
 
     def checkpoint(self, saved_args: object, info: ModelInfo) -> dict[str, Any]:

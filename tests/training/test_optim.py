@@ -1,7 +1,7 @@
 """The optimizer: the update of LAMB to the last digit, who decays, and which library is used."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +11,7 @@ from torch import nn
 
 import quant_vision_transformer  # noqa: F401  registers the variants
 from training import optimizer as optim
-from training.optimizer import OptimizerConfig, build_optimizer
+from training.optimizer import OptimizerConfig, build_optimizer, check_optimizer
 from utils import UserError
 
 # Before 1.0.12 timm's Lamb kept the norm of the gradient in float32, whatever the parameters.
@@ -49,6 +49,22 @@ class Quantized(nn.Module):
 
     def no_weight_decay(self):
         return {'pos_embed', 'cls_token', 'dist_token'}
+
+
+class _OnGPU(nn.Module):
+    """Claims that its parameters are on a GPU, and has them on the CPU."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.no_weight_decay = model, model.no_weight_decay
+
+    def parameters(self, recurse: bool = True):
+        yield SimpleNamespace(device=torch.device('cuda'))
+        yield from super().parameters(recurse)
+
+
+def on_gpu(model: nn.Module) -> nn.Module:
+    return _OnGPU(model)
 
 
 def lamb_reference(params, grads_by_step, lr, eps, weight_decay, decayed, betas=(0.9, 0.999)):
@@ -147,6 +163,7 @@ def fake_apex(monkeypatch):
     apex.optimizers, optimizers.FusedLAMB = optimizers, FusedLAMB
     for other in ('FusedAdam', 'FusedNovoGrad', 'FusedSGD'):
         setattr(optimizers, other, None)
+    monkeypatch.setitem(sys.modules, 'amp_C', ModuleType('amp_C'))
     monkeypatch.setitem(sys.modules, 'apex', apex)
     monkeypatch.setitem(sys.modules, 'apex.optimizers', optimizers)
     return FusedLAMB
@@ -154,7 +171,7 @@ def fake_apex(monkeypatch):
 
 def test_fusedlamb_is_apexs_where_it_can_be_used(fake_apex, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    optimizer = build_optimizer(config(weight_decay=0.05), Quantized())
+    optimizer = build_optimizer(config(weight_decay=0.05), on_gpu(Quantized()))
     assert isinstance(optimizer, fake_apex)
     assert sorted(group['weight_decay'] for group in optimizer.param_groups) == [0., 0.05]
     assert {name: value for name, value in optimizer.kwargs.items() if name != 'weight_decay'} == {
@@ -163,19 +180,34 @@ def test_fusedlamb_is_apexs_where_it_can_be_used(fake_apex, monkeypatch, capsys)
     assert capsys.readouterr().out == ''
 
 
-def test_fusedlamb_without_cuda_is_timms(fake_apex, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+def test_on_the_cpu_fusedlamb_is_timms_also_beside_a_gpu(fake_apex, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     assert isinstance(build_optimizer(config(), Quantized()), timm.optim.Lamb)
     assert capsys.readouterr().out.count('\n') == 1
 
 
+def test_an_apex_without_its_extension_is_not_used(fake_apex, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'amp_C', None)
+    model = on_gpu(Quantized())
+    assert isinstance(build_optimizer(config(), model), timm.optim.Lamb)
+    assert "using timm's Lamb" in capsys.readouterr().out
+
+
+def test_the_check_of_flags_builds_nothing_of_apex_and_says_nothing(fake_apex, monkeypatch, capsys):
+    monkeypatch.setattr(fake_apex, '__init__', lambda *_, **__: pytest.fail('built before the device is set'))
+    check_optimizer(config())
+    assert capsys.readouterr().out == ''
+    with pytest.raises(UserError, match='--opt adamm'):
+        check_optimizer(config(opt='adamm'))
+
+
 def test_an_apex_that_does_not_work_is_reported(fake_apex, monkeypatch):
     def refuse(*_args, **_kwargs):
-        raise RuntimeError('apex.optimizers.FusedLAMB requires cuda extensions\nmore')
+        raise RuntimeError('apex.optimizers.FusedLAMB requires something else\nmore')
     monkeypatch.setattr(fake_apex, '__init__', refuse)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    with pytest.raises(UserError, match=r'--opt fusedlamb cannot be used \(apex.*requires cuda extensions\): '):
-        build_optimizer(config(), Quantized())
+    with pytest.raises(UserError, match=r'--opt fusedlamb cannot be used \(apex.*requires something else\): '):
+        build_optimizer(config(), on_gpu(Quantized()))
 
 
 @pytest.mark.skipif(not hasattr(timm.optim, 'list_optimizers'), reason='this timm does not list its optimizers')
