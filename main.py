@@ -26,7 +26,7 @@ from checkpoints.files import read_checkpoint, write_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, network_info
 from datasets import DATASETS, Augmentation, SeededSamples
-from engine import AMP_DTYPES, Loop, evaluate_and_say, fit
+from engine import AMP_DTYPES, Loop, autocast, evaluate_and_say, fit
 from losses import DISTILLATION_TYPES, Distillation
 from samplers import ResumableSampler
 from training import data, flags, networks
@@ -348,6 +348,9 @@ def train(args: Namespace, setting: Setting) -> None:
         pick(Averaging, vars(args)), build_methods(model, pick(OscillationConfig, vars(args))), amp=args.amp,
         seed=args.seed, start_epoch=args.start_epoch)
     network = networks.wrap(model, device, args.compile)  # now, with the parameters that are trained
+    with autocast(device, args.amp):
+        networks.settle_buckets(network, torch.zeros(args.batch_size, 3, args.input_size, args.input_size,
+                                                     device=device))
     args.n_parameters = training.n_parameters
     print(f'number of params: {args.n_parameters}')
     if setting.checkpoint is not None:

@@ -82,15 +82,16 @@ class Fork:
         return self._process.exitcode
 
 
-def fork_ranks(folder: Path, *flags: object, prepare: Callable[[], None] = lambda: None) -> list[Fork]:
-    """Two forks that are the ranks of one run, with `folder`/0 and `folder`/1; waits until both ended well."""
+def fork_ranks(folder: Path, *flags: object, prepare: Callable[[], None] = lambda: None, number: int = 2,
+               ) -> list[Fork]:
+    """Forks that are the ranks of one run, each with its `folder`/<rank>; waits until all ended well."""
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
-    ranks = [Fork(folder / str(rank), *flags, prepare=prepare, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2,
-                  MASTER_ADDR='localhost', MASTER_PORT=port) for rank in (0, 1)]
+    ranks = [Fork(folder / str(rank), *flags, prepare=prepare, RANK=rank, LOCAL_RANK=rank,
+                  WORLD_SIZE=number, MASTER_ADDR='localhost', MASTER_PORT=port) for rank in range(number)]
     statuses = [rank.wait() for rank in ranks]
-    assert statuses == [0, 0], ranks[0].stderr.read_text() + ranks[1].stderr.read_text()
+    assert statuses == [0] * number, ''.join(rank.stderr.read_text() for rank in ranks)
     return ranks
 
 

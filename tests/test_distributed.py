@@ -85,6 +85,28 @@ def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
     assert_same(ours, expected)
 
 
+def test_three_ranks_continue_bit_for_bit(tmp_path):
+    """From three on, the order in which ranks' gradients are added depends on their place in DDP's buckets."""
+    flags = (*TINY, '--epochs', 2, '--batch-size', 64)
+    fork_ranks(tmp_path / 'whole', *flags, '--output_dir', tmp_path / 'whole', number=3)
+    fork_ranks(tmp_path / 'first', *flags, '--output_dir', tmp_path / 'run', number=3, prepare=stop_after_an_epoch)
+    assert read_checkpoint(tmp_path / 'run' / 'checkpoint.pth')['epoch'] == 0
+    fork_ranks(tmp_path / 'second', *flags, '--output_dir', tmp_path / 'run', '--resume', 'auto', number=3)
+    ours, expected = (read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in ('run', 'whole'))
+    for key in ('model', 'optimizer', 'rng'):
+        assert_same(ours[key], expected[key], key)
+
+
+def stop_after_an_epoch() -> None:
+    end_epoch = Training.end_epoch
+
+    def end_and_signal(self):
+        end_epoch(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Training.end_epoch = end_and_signal
+
+
 def test_accumulated_gradients_are_reduced_once_an_update(tmp_path):
     def count():
         fit = main.fit

@@ -21,10 +21,10 @@ from losses import Distillation, DistillationLoss, check_dgd_compatible
 from models import Teacher
 from quant_vision_transformer import QVisionTransformer
 from training.data import Mixing
-from utils import UserError
+from utils import UserError, rng_states, set_rng_state
 
 __all__ = ['CALIBRATIONS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
-           'settle_dgd_weight', 'wrap']
+           'settle_buckets', 'settle_dgd_weight', 'wrap']
 
 CALIBRATIONS = ('published', 'mse')
 
@@ -217,3 +217,27 @@ def wrap(model: nn.Module, device: torch.device, compile: bool = False) -> nn.Mo
     # Gradients live in the buckets that are reduced: no second copy of them, no copying.
     return DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None,
                                    gradient_as_bucket_view=True, **{renamed: has_statistics})
+
+
+def settle_buckets(network: nn.Module, images: Tensor) -> None:
+    """Lets DistributedDataParallel put its gradients into their final order; no state of the run changes.
+
+    After its first backward it orders them anew, by when they were ready. From three processes on, the place of a
+    gradient decides in which order the processes' values are added, so that the first update after a resumption would
+    differ in the last digits from that of an uninterrupted run.
+
+    Args:
+        network: what `wrap` gave; nothing happens without several processes.
+        images: (B, 3, H, W), of any values.
+    """
+    if not isinstance(network, DistributedDataParallel):
+        return
+    device = images.device
+    random, buffers = rng_states(device)[dist.get_rank()], [buffer.clone() for buffer in network.buffers()]
+    outputs = network.train()(images)
+    sum(output.float().sum() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)).backward()
+    with torch.no_grad():
+        for buffer, before in zip(network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    network.zero_grad()
+    set_rng_state(random, device)
