@@ -11,16 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import LinearQ, named_quantizers  # noqa: E402
-from checkpoints.files import read_checkpoint  # noqa: E402
-from checkpoints.networks import create_from_checkpoint  # noqa: E402
+from checkpoints.networks import open_network  # noqa: E402
 
 
 def summary(folder: Path) -> str:
-    checkpoint = read_checkpoint(folder / 'best_checkpoint.pth')
-    model = create_from_checkpoint(checkpoint)
+    info, model, checkpoint = open_network(folder / 'best_checkpoint.pth')
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = [module for _, module in named_quantizers(model) if hasattr(module, 'weight_bits')]
-    text = f'{checkpoint["qvit"]["model"]}: {checkpoint["max_accuracy"]:.2f} % top-1'
+    text = f'{info.model}: {checkpoint["max_accuracy"]:.2f} % top-1'
     if layers:
         block = next(layer for name, layer in model.named_modules() if isinstance(layer, LinearQ) and 'blocks' in name)
         text += f', {block.weight_bits}-bit weights and {block.act.bits}-bit activations'

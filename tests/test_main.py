@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import fields
@@ -20,16 +21,7 @@ import run_with_submitit
 from _quan_base import is_calibrated, named_quantizers
 from checkpoints.files import read_checkpoint
 from checkpoints.networks import open_checkpoint, open_network
-from datasets import Augmentation
-from engine import Loop
-from losses import Distillation
 from training import networks
-from training.data import DataSource, Loading, Mixing
-from training.methods.oscillation import OscillationConfig
-from training.optimizer import OptimizerConfig
-from training.resumption import Position
-from training.schedule import ScheduleConfig
-from training.state import Averaging
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -104,6 +96,19 @@ def test_tensorboard(student):
     assert zero_point == pytest.approx(layer.act.zero_point.mean().item())
     outside = (layer.weight / layer.alpha[:, None] < -8) | (layer.weight / layer.alpha[:, None] > 7)
     assert events.Scalars('clipped/blocks.0.mlp.fc1')[-1].value == pytest.approx(outside.float().mean().item())
+
+
+@pytest.mark.whole_run
+@pytest.mark.processes
+def test_the_summary_of_the_demo(student, teacher_path):
+    command = [sys.executable, ROOT / 'scripts/summary.py', teacher_path.parent, student]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    teacher, quantized = re.findall(r'^(\w+): (\d+\.\d\d) % top-1(.*)$', done.stdout, re.MULTILINE)
+    best = max(json.loads(line)['test_acc1'] for line in (student / 'log.txt').read_text().splitlines())
+    assert quantized[:2] == ('fourbits_deit_tiny_patch16_224', f'{best:.2f}')
+    assert '4-bit weights and 4-bit activations' in quantized[2] and 'in theory' in quantized[2]
+    assert teacher[0] == 'deit_tiny_distilled_patch16_224' and 'bit' not in teacher[2]
 
 
 @pytest.mark.whole_run
@@ -364,6 +369,13 @@ class Watched(Namespace):
 def test_every_flag_has_a_reader(teacher_path, tmp_path, monkeypatch):
     """Each ends in a value that a run is built from, or is asked for by one of the jobs; checks do not count."""
     parse, asked = main.parse_args, Watched.asked
+    pick, picked = main.pick, set()
+
+    def pick_and_note(kind, values):
+        picked.update(field.name for field in fields(kind))
+        return pick(kind, values)
+
+    monkeypatch.setattr(main, 'pick', pick_and_note)
     monkeypatch.setattr(main, 'parse_args', lambda argv=None: Watched(**vars(parse(argv))))
     monkeypatch.setattr(main, 'check_args', lambda _: None)
     asked.clear()
@@ -371,9 +383,6 @@ def test_every_flag_has_a_reader(teacher_path, tmp_path, monkeypatch):
     assert run(*TINY, '--epochs', 1, *teach, '--finetune', teacher_path, '--output_dir', tmp_path) == 0
     assert run(*TINY, '--epochs', 1, *teach, '--resume', 'auto', '--output_dir', tmp_path) == 0
     assert run(*TINY, '--eval', '--model-ema', '--resume', tmp_path / 'checkpoint.pth') == 0
-    kinds = (Augmentation, Averaging, DataSource, Distillation, Loading, Loop, Mixing, OptimizerConfig,
-             OscillationConfig, Position, ScheduleConfig)
-    picked = {field.name for kind in kinds for field in fields(kind)}
     flags = {action.dest for action in main.get_args_parser()._actions} - {'help'}
     assert flags - picked - asked == {'config'}, 'of these the first is read while the flags are parsed'
 
