@@ -57,6 +57,11 @@ class PackedFile(NamedTuple):
     activations: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor]
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The description as it stands in the header."""
+        return self.info.to_dict() | {'weights': self.weights, 'activations': self.activations}
+
     def state(self) -> dict[str, Tensor]:
         """The state_dict of the simulated network: the weights have the values of their codes."""
         state = {name: value for name, value in self.tensors.items() if name not in self.weights}
