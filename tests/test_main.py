@@ -321,6 +321,8 @@ def test_mistakes_that_only_the_files_show(teacher_path, photographs, tmp_path, 
             ((*TINY, *distill, '--teacher-model', 'deit_tiny_patch16_224'), 'has 1000 classes, DIGITS has 10'),
             ((*TINY, *distill, '--teacher-path', teacher_path, '--model-kwargs', 'num_heads=3', '--dgd-weight', 1),
              'pass --dgd-weight 0'),
+            ((*TINY, *distill, '--teacher-path', teacher_path, '--model', 'deit_tiny_distilled_patch16_224',
+              '--token-weight', 1), 'choose a quantized network'),
     ):
         assert run(*flags) == 2, flags
         err = capsys.readouterr().err

@@ -183,7 +183,7 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
         stored_labels: the teacher's answers come with the labels.
 
     Raises:
-        UserError: tokens are to be compared, but the two networks differ in depth or width.
+        UserError: tokens are to be compared, but the student is not quantized, or differs in depth or width.
     """
     if mixing.active:
         base = SoftTargetCrossEntropy()
@@ -191,6 +191,9 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
         base = LabelSmoothingCrossEntropy(mixing.smoothing) if mixing.smoothing else nn.CrossEntropyLoss()
     compares_tokens = distillation.token_weight > 0
     if compares_tokens:
+        if not isinstance(student, QVisionTransformer):
+            raise UserError(f'--token-weight {distillation.token_weight}: {type(student).__name__} does not give the '
+                            'outputs of its blocks, pass 0 or choose a quantized network')
         blocks = [[getattr(net, 'embed_dim', None)] * len(getattr(net, 'blocks', [])) for net in (student, teacher)]
         if not blocks[0] or blocks[0] != blocks[1]:
             raise UserError(f'--token-weight {distillation.token_weight}: the teacher differs from the student in '
