@@ -3,11 +3,13 @@
     model = torch.hub.load('<owner>/<repository>', 'fourbits_deit_tiny_patch16_224', checkpoint='best_checkpoint.pth')
     model = torch.hub.load('/path/to/repository', 'vit_deit_tiny_patch16_224', source='local')
 
-This repository's modules have short names (`utils`, `models`) that a program may use for its own. They are imported so
-that both find theirs: afterwards `sys.modules` is as the program left it. Only the modules that define the network, by
-whose names pickle and the compiler find its classes, stay there, where the program has none of these names. torch.hub
-shows every public name here as an entry point, which is why there are no others.
+This repository's modules have short names (`utils`, `models`, `ops`) that a program may use for its own, before a load or
+after. They are imported so that both find theirs: afterwards these names are as the program left them. pickle and
+torch.compile find modules by the names that classes and functions give as theirs. `_quan_base` and
+`quant_vision_transformer`, by which a pickled network names its classes, keep their names; every other module goes by a
+longer one from then on. torch.hub shows every public name here as an entry point, which is why there are no others.
 """
+import hashlib as _hashlib
 import inspect as _inspect
 import sys as _sys
 from collections.abc import Callable as _Callable
@@ -23,13 +25,14 @@ _FOLDER = _Path(__file__).resolve().parent
 # The top-level modules and packages of this repository; a package stands for everything in it.
 _TOP = {path.stem for path in _FOLDER.glob('*.py')} - {'hubconf'} | {
     path.parent.name for path in _FOLDER.glob('*/__init__.py')}
-_KEPT = ('ops', '_quan_base', 'quant_vision_transformer')  # define the network
-# Under these names this repository's modules wait for the next call, which runs this file anew. No import has them.
-_ASIDE = f'{_FOLDER}/'
+_KEPT = ('_quan_base', 'quant_vision_transformer')
+# Begins the longer names. The next call, which runs this file anew, finds the modules by them.
+_LONGER = f'_qvit_{_hashlib.sha256(str(_FOLDER).encode()).hexdigest()[:12]}.'
 
 
-def _is_named_as_ours(name: str) -> bool:
-    return name.partition('.')[0] in _TOP
+def _named_as_ours() -> dict[str, _Any]:
+    """The modules that are imported under a name that this repository uses, whoever's they are."""
+    return {name: module for name, module in _sys.modules.items() if name.partition('.')[0] in _TOP}
 
 
 def _is_own(module: _Any) -> bool:
@@ -40,27 +43,36 @@ def _is_own(module: _Any) -> bool:
 @_contextmanager
 def _own_modules() -> _Iterator[None]:
     """Within, imports find the modules of this repository, whatever modules of these names the program has."""
-    before = {name: module for name, module in _sys.modules.items() if _is_named_as_ours(name)}
-    for name, module in before.items():
-        if not _is_own(module):
-            del _sys.modules[name]
-    _sys.modules.update({name.removeprefix(_ASIDE): module for name, module in _sys.modules.items()
-                         if name.startswith(_ASIDE)})
+    before = _named_as_ours()
+    foreign = [name for name, module in before.items() if not _is_own(module)]
+    # A program that works with this repository's modules itself goes on to find them under their names.
+    works_with_ours = bool(before.keys() - {*foreign, *_KEPT})
+    for name in foreign:
+        del _sys.modules[name]
+    _sys.modules.update({name.removeprefix(_LONGER): module for name, module in _sys.modules.items()
+                         if name.startswith(_LONGER)})
     _sys.path.insert(0, str(_FOLDER))
     try:
         yield
     finally:
         _sys.path.remove(str(_FOLDER))
-        for name in [name for name in _sys.modules if _is_named_as_ours(name)]:
-            if _is_own(_sys.modules[name]):
-                _sys.modules[f'{_ASIDE}{name}'] = _sys.modules[name]
-                if name.partition('.')[0] not in _KEPT:
-                    del _sys.modules[name]
-        # A package of the program's own keeps all of its name: none of ours may stand within it.
-        theirs = {name.partition('.')[0] for name, module in before.items() if not _is_own(module)}
-        for name in [name for name in _sys.modules if name.partition('.')[0] in theirs]:
-            del _sys.modules[name]
+        for name, module in _named_as_ours().items():
+            if name not in before and _is_own(module) and not works_with_ours:
+                _put_aside(name, module)
         _sys.modules.update(before)
+
+
+def _put_aside(name: str, module: _Any) -> None:
+    """Leaves the module to be found under its longer name only; one of `_KEPT` under both."""
+    longer = f'{_LONGER}{name}'
+    _sys.modules[longer] = module
+    if name in _KEPT:
+        return
+    del _sys.modules[name]
+    module.__name__ = longer
+    for value in vars(module).values():
+        if (isinstance(value, type) or _inspect.isfunction(value)) and value.__module__ == name:
+            value.__module__ = longer
 
 
 def _load(name: str, checkpoint: str | None, pretrained: bool, options: dict[str, _Any]) -> _Any:
@@ -77,12 +89,13 @@ def _load(name: str, checkpoint: str | None, pretrained: bool, options: dict[str
     contents = read_network(checkpoint)
     if 'qvit' in contents and options:
         raise UserError(f'{", ".join(options)}: {checkpoint} says how its network is built, leave it out')
-    options.pop('num_classes', None)  # the tensors say it
-    input_size = options.pop('img_size', None)
+    num_classes, input_size = options.pop('num_classes', None), options.pop('img_size', None)
     opened = open_checkpoint(checkpoint, contents, None if 'qvit' in contents else name, model_kwargs=options,
                              input_size=input_size)
     if opened.info.model != name:
         raise UserError(f'{checkpoint} is of {opened.info.model}: load it by that name, not as {name}')
+    if num_classes not in (None, opened.info.num_classes):
+        raise UserError(f'{checkpoint} has {opened.info.num_classes} classes, not num_classes={num_classes}')
     if not is_calibrated(opened.model):
         raise UserError(f'{checkpoint} holds quantizers without steps: train it first')
     return opened.model

@@ -86,6 +86,8 @@ def test_networks_from_checkpoints(files):
     (NAME, {'checkpoint': 'without.pth'}, 'holds quantizers without steps'),
     (NAME, {'checkpoint': 'none.pth'}, 'no such checkpoint file'),
     (NAME, {'checkpoint': 'released.pth'}, 'the checkpoint is 24 wide, the model 192'),
+    (NAME, {'checkpoint': 'released.pth', 'img_size': 16, 'num_classes': 7, **SHAPE},
+     'has 5 classes, not num_classes=7'),
 ])
 def test_mistakes(files, name, options, line):
     with pytest.raises(ValueError, match=line):
@@ -93,38 +95,43 @@ def test_mistakes(files, name, options, line):
 
 
 @pytest.mark.processes
-def test_programs_with_modules_of_the_same_names(files, tmp_path):
-    """Their `utils` stays theirs, imported before or after, and the network can be pickled."""
+@pytest.mark.parametrize('imports', ['import ops.grid, utils', 'import training'], ids=['before', 'after'])
+def test_programs_with_modules_of_the_same_names(imports, files, tmp_path):
+    """Their packages stay theirs, imported before or after, and pickle and the compiler find the network's modules."""
     (tmp_path / 'utils.py').write_text('MINE = True\n')
-    (tmp_path / 'models').mkdir()
-    (tmp_path / 'models' / '__init__.py').write_text('MINE = True\n')
-    for name in ('ops', 'training'):
+    for name in ('checkpoints', 'models', 'ops', 'training'):
         (tmp_path / name).mkdir()
         (tmp_path / name / '__init__.py').write_text('MINE = True\n')
+        (tmp_path / name / 'grid.py').write_text('MINE = True\n')  # ours has a module ops.grid, too
     (tmp_path / 'program.py').write_text(textwrap.dedent(f"""
         import copy, io, sys, warnings
         import torch
-        import ops, utils
+        {imports}
         warnings.simplefilter('error')  # a second registration would warn
         path = list(sys.path)
         for _ in range(2):
             model = torch.hub.load({str(ROOT)!r}, {NAME!r}, source='local', trust_repo=True,
                                    checkpoint={str(files / 'own.pth')!r})
-        assert utils.MINE and sys.modules['utils'] is utils and sys.path == path
-        import models, training
-        assert ops.MINE and sys.modules['ops'] is ops and training.MINE
-        assert not [name for name in sys.modules if name.startswith('ops.')]
-        assert models.MINE and 'checkpoints' not in sys.modules and 'engine' not in sys.modules
+        assert sys.path == path
+        assert not {{'engine', 'losses', 'ops.registry', 'checkpoints.networks'}} & set(sys.modules)
+        import checkpoints, checkpoints.grid, models, ops, ops.grid, training, utils
+        theirs = checkpoints, checkpoints.grid, models, ops, ops.grid, training, utils
+        assert all(module.MINE and sys.modules[module.__name__] is module for module in theirs)
         stream = io.BytesIO()
         torch.save(model, stream)
         stream.seek(0)
         again, images = torch.load(stream, weights_only=False), torch.ones(1, 3, 16, 16)
         assert torch.equal(again(images), model(images)) and torch.equal(copy.deepcopy(model)(images), model(images))
+        warnings.simplefilter('default')  # the compiler's own
+        torch.testing.assert_close(torch.compile(model, backend='eager')(images), model(images))
+        compiled = torch.compile(model.train(), backend='eager')
+        sum(logits.sum() for logits in compiled(images)).backward()  # through the functions of ops
+        assert model.blocks[0].attn.qkv.alpha.grad.abs().sum() > 0
         try:
             torch.hub.load({str(ROOT)!r}, {NAME!r}, source='local', trust_repo=True, checkpoint='none.pth')
         except ValueError as error:
             print(type(error).__name__, error)
-        assert sys.modules['utils'] is utils and sys.modules['models'] is models and sys.path == path
+        assert all(sys.modules[module.__name__] is module for module in theirs) and sys.path == path
     """))
     found = subprocess.run([sys.executable, 'program.py'], capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert found.returncode == 0, found.stderr
