@@ -3,7 +3,7 @@
     model = torch.hub.load('<owner>/<repository>', 'fourbits_deit_tiny_patch16_224', checkpoint='best_checkpoint.pth')
     model = torch.hub.load('/path/to/repository', 'vit_deit_tiny_patch16_224', source='local')
 
-This repository's modules have short names (`utils`, `models`, `ops`) that a program may use for its own, before a load or
+This repository's modules have short names (`utils`, `models`, `ops`) that a program may use for its own, before or
 after. They are imported so that both find theirs: afterwards these names are as the program left them. pickle and
 torch.compile find modules by the names that classes and functions give as theirs. `_quan_base` and
 `quant_vision_transformer`, by which a pickled network names its classes, keep their names; every other module goes by a

@@ -191,6 +191,10 @@ def check_sizes(info: ModelInfo, state: dict[str, Tensor], where: str) -> None:
         if name in found and (tuple(value) if isinstance(value, list | tuple) else value) not in found[name]:
             raise UserError(f'{where}: its description has {name}={shown(value)}, its tensors '
                             f'{shown(found[name][0])}: it is damaged')
+    ratio = info.kwargs.get('mlp_ratio')
+    if ratio is not None and 'hidden' in found and int(found['embed_dim'][0] * ratio) not in found['hidden']:
+        raise UserError(f'{where}: its description has mlp_ratio={shown(ratio)}, its tensors {found["hidden"][0]} '
+                        'channels there: it is damaged')
     tokens, patches = found.get('tokens'), found.get('patch_size')
     if tokens and patches:
         rows, columns = (info.input_size // side for side in patches[-1])
@@ -221,6 +225,8 @@ def _sizes(state: dict[str, Tensor]) -> dict[str, tuple]:
     sizes['reg_tokens'] = (registers[1] if registers else 0,)
     if norm := shape('blocks.0.attn.norm_q.weight', 1):  # of a head's width
         sizes['num_heads'] = (width // max(1, norm[0]),)
+    if hidden := shape('blocks.0.mlp.fc1.weight', 2):
+        sizes['hidden'] = (hidden[0], hidden[0] // 2)  # gated layers have two in one
     if positions := shape('pos_embed', 3):
         prefix = 1 + sizes['reg_tokens'][0] + ('dist_token' in state)
         sizes['tokens'] = (positions[1] - prefix, positions[1])
