@@ -28,6 +28,7 @@ from checkpoints.networks import ModelInfo, load_quantized, network_info
 from datasets import DATASETS, Augmentation, SeededSamples
 from engine import AMP_DTYPES, Loop, autocast, evaluate_and_say, fit
 from losses import DISTILLATION_TYPES, Distillation
+from ops import cpu_memory
 from samplers import ResumableSampler
 from training import data, flags, networks
 from training.checks import check_args
@@ -212,7 +213,7 @@ def prepare(args: Namespace) -> Setting:
     if device_was_open and args.device == 'cpu':
         print('no CUDA GPU here: running on the CPU')
     if device.type == 'cpu':
-        utils.keep_freed_memory()
+        cpu_memory.keep_freed_memory()
     implementation = ops.choose(args.native_kernels, device)
     args.native_kernels = implementation == 'cpu'
     output = Path(args.output_dir) if args.output_dir else None

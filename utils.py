@@ -1,7 +1,6 @@
 """What all entry points share: mistakes and flags, files, distributed start-up, randomness, metric logging."""
 
 import ast
-import ctypes
 import difflib
 import os
 import random
@@ -241,21 +240,6 @@ def outlive_signals(_worker: int) -> None:
 
 
 # --- memory and randomness --------------------------------------------------------------------------------------------
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep the memory that a training step freed for the next one.
-
-    By default much of it goes back to the system, which clears it page by page: a twentieth of a quantized step's time.
-    MALLOC_* variables of the environment have precedence.
-    """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is None or any(name.startswith('MALLOC_') for name in os.environ):
-        return
-    trim_threshold, mmap_threshold, largest = -1, -3, 2 ** 31 - 1  # its names in malloc.h
-    mallopt(trim_threshold, largest)
-    if not mallopt(mmap_threshold, largest):  # older ones allow half of an arena at most
-        mallopt(mmap_threshold, 2 ** 25)
 
 
 def seed_everything(seed: int) -> None:

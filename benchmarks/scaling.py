@@ -44,9 +44,10 @@ import ops  # noqa: E402
 import quant_vision_transformer  # noqa: E402, F401  registers the variants
 from _quan_base import clamp_steps_  # noqa: E402
 from calibration.first_batch import calibrate  # noqa: E402
+from ops.cpu_memory import keep_freed_memory
 from training.networks import wrap  # noqa: E402
 from training.optimizer import OptimizerConfig, build_optimizer  # noqa: E402
-from utils import UserError, keep_freed_memory  # noqa: E402
+from utils import UserError  # noqa: E402
 
 WARM_UP = 2  # updates
 GPUS = 8, 64

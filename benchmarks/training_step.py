@@ -52,9 +52,10 @@ from _quan_base import clamp_steps_  # noqa: E402
 from calibration.first_batch import calibrate  # noqa: E402
 from losses import Distillation, DistillationLoss, distribution_guided_distillation  # noqa: E402
 from models import BlockOutputs, Teacher  # noqa: E402
+from ops.cpu_memory import keep_freed_memory
 from quant_vision_transformer import BITS, SIZES  # noqa: E402
 from training.optimizer import OptimizerConfig, build_optimizer  # noqa: E402
-from utils import UserError, keep_freed_memory  # noqa: E402
+from utils import UserError  # noqa: E402
 
 VARIANTS = {f'{bits}_deit_{size}_patch16_224': f'deit_{size}_distilled_patch16_224' for bits in BITS for size in SIZES}
 NETWORKS = 'full precision', 'quantized'

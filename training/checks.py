@@ -9,6 +9,7 @@ from argparse import Namespace
 import timm
 import torch
 
+from checkpoints.descriptions import OPTIONS
 from training.data import Mixing
 from training.optimizer import OptimizerConfig, check_optimizer
 from utils import UserError, closest, pick
@@ -42,6 +43,9 @@ def _check_model(args: Namespace) -> None:
     for name in ('num_classes', 'img_size'):
         _require(name not in args.model_kwargs, f'--model-kwargs {name}: the class count follows from the data set, '
                                                 'the image size from --input-size')
+    for name in args.model_kwargs:
+        _require(name in OPTIONS, f'--model-kwargs {name} is no option that a checkpoint could describe: '
+                                  f'{closest(name, OPTIONS)}')
     frequencies = args.oscillation_freezing or []
     _require(len(frequencies) <= 2, f'--oscillation-freezing {" ".join(map(str, frequencies))}: choose one value '
                                     'between 0 and 1, or two')
