@@ -265,7 +265,8 @@ SIZES = {  # name: (width, heads); depth 12, MLP ratio 4
 
 def _full_precision_cfg(size: str) -> dict:
     """timm's description of the full-precision DeiT that `pretrained=True` starts from."""
-    return timm.get_pretrained_cfg(f'deit_{size}_distilled_patch16_224').to_dict()
+    known = timm.get_pretrained_cfg(f'deit_{size}_distilled_patch16_224')
+    return known.to_dict() if known is not None else {}  # timm has no DeiT of other sizes
 
 
 default_cfgs = generate_default_cfgs({
