@@ -64,13 +64,19 @@ class PackedFile(NamedTuple):
 
     def state(self) -> dict[str, Tensor]:
         """The state_dict of the simulated network: the weights have the values of their codes."""
+        state = self.shapes()
+        for name, code in self.weights.items():
+            shape, scale = torch.Size(code['shape']), state[f'{name.removesuffix("weight")}alpha']
+            codes = unpack_codes(self.tensors[name], code['bits'], shape.numel()).view(shape)
+            state[name] = codes.to(scale.dtype) * scale.view(-1, *[1] * (len(shape) - 1))
+        return state
+
+    def shapes(self) -> dict[str, Tensor]:
+        """`state` with the weights on the meta device: their shapes, without unpacking their codes."""
         state = {name: value for name, value in self.tensors.items() if name not in self.weights}
         for name, code in self.weights.items():
-            layer, shape = name.removesuffix('.weight'), torch.Size(code['shape'])
-            codes = unpack_codes(self.tensors[name], code['bits'], shape.numel()).view(shape)
-            scale = state[f'{layer}.alpha']
-            state[name] = codes.to(scale.dtype) * scale.view(-1, *[1] * (len(shape) - 1))
-            state[f'{layer}.init_state'] = torch.ones(1)
+            state[name] = torch.empty(code['shape'], device='meta')
+            state[f'{name.removesuffix("weight")}init_state'] = torch.ones(1)
         for name, activation in self.activations.items():
             state[f'{name}.signed'] = torch.full((1,), float(activation['signed']))
             state[f'{name}.init_state'] = torch.ones(1)
@@ -172,7 +178,7 @@ def write_packed(model: nn.Module, info: ModelInfo, path: str | Path) -> PackedF
         {name: {'bits': layer.weight_bits, 'shape': list(layer.weight.shape)} for name, layer in layers.items()},
         {name: {'bits': act.bits, 'signed': act.signed_codes} for name, act in quantizers.items()
          if isinstance(act, ActQ)}, tensors)
-    header = info.to_dict() | {'weights': packed.weights, 'activations': packed.activations}
+    header = packed.about
     header[CHECKSUM] = _checksum(header, tensors)
     try:
         write_whole(path, lambda beside: safetensors.torch.save_file(tensors, beside, {ENTRY: _json(header)}))
@@ -222,7 +228,7 @@ def read_packed(path: str | Path) -> PackedFile:
     info = ModelInfo.from_dict(header, str(path))
     _check_codes(path, header, tensors)
     packed = PackedFile(info, header['weights'], header['activations'], tensors)
-    network = check_described(info, packed.state(), str(path))
+    network = check_described(info, packed.shapes(), str(path))
     if network is not None:
         _check_bits(path, packed, network)
     return packed
