@@ -7,17 +7,20 @@ tensors, plain values and that Namespace is ever unpickled.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import http.client
 import pickle
 import re
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 import safetensors.torch
 import torch
 
 from utils import UserError, write_whole
 
-__all__ = ['read_checkpoint', 'write_checkpoint']
+__all__ = ['local_file', 'read_checkpoint', 'write_checkpoint']
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -26,14 +29,36 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         UserError: the file is missing, truncated, of another kind, or would run code.
     """
-    if str(path).startswith('https://'):
-        return _load(lambda: torch.hub.load_state_dict_from_url(str(path), map_location='cpu', weights_only=True), path)
-    is_safetensors = Path(path).suffix == '.safetensors'
-    if not Path(path).is_file():
+    file = local_file(path)
+    is_safetensors = file.suffix == '.safetensors'
+    if not file.is_file():
         raise UserError(f'{path}: no such {"" if is_safetensors else "checkpoint "}file')
     if is_safetensors:
-        return _load(lambda: safetensors.torch.load_file(path), path)
-    return _load(lambda: torch.load(path, map_location='cpu', weights_only=True), path)
+        return _load(lambda: safetensors.torch.load_file(file), path)
+    return _load(lambda: torch.load(file, map_location='cpu', weights_only=True), path)
+
+
+def local_file(path: str | Path) -> Path:
+    """The file itself, or what is behind an https:// address: downloaded once, into PyTorch's hub folder.
+
+    The copy is named by the whole address, since runs call all of their files alike.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    address = str(path)
+    if not address.startswith('https://'):
+        return Path(path)
+    name = PurePosixPath(unquote(urlsplit(address).path)).name or 'checkpoint'
+    folder = Path(torch.hub.get_dir()) / 'checkpoints' / 'qvit'
+    copy = folder / f'{hashlib.sha256(address.encode()).hexdigest()[:16]}-{name}'
+    if not copy.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, str(copy))  # writes beside the copy and renames
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UserError(f'{address} cannot be downloaded ({error or type(error).__name__}): give a file') from error
+    return copy
 
 
 def _load(load, path: str | Path) -> dict:

@@ -16,7 +16,7 @@ import models  # noqa: F401  registers the full-precision networks
 import quant_vision_transformer  # noqa: F401  registers the quantized ones
 from checkpoints.building import check_described, create_network
 from checkpoints.descriptions import ModelInfo, check_registered
-from checkpoints.files import read_checkpoint
+from checkpoints.files import local_file, read_checkpoint
 from checkpoints.packed import is_packed, read_packed
 from checkpoints.states import load_quantized, state_of
 from utils import UserError
@@ -40,7 +40,7 @@ def open_network(path: str | Path, model: str | None = None, *, model_kwargs: di
     """The network in a checkpoint or a packed file.
 
     Args:
-        path: of the file; also an https:// address of a checkpoint.
+        path: of the file, or its https:// address.
         model, model_kwargs, input_size, what: as for `network_info`.
 
     Raises:
@@ -61,7 +61,8 @@ def open_checkpoint(path: str | Path, checkpoint: dict[str, Any], model: str | N
 
 def read_network(path: str | Path) -> dict[str, Any]:
     """The contents of a checkpoint, or those of a packed file in the form of a checkpoint that describes itself."""
-    return read_packed(path).checkpoint() if is_packed(path) else read_checkpoint(path)
+    file = local_file(path)
+    return read_packed(file).checkpoint() if is_packed(file) else read_checkpoint(path)
 
 
 # --- which network it is ----------------------------------------------------------------------------------------------
