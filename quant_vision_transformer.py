@@ -237,7 +237,7 @@ class QVisionTransformer(VisionTransformerDistilled):
         return (x, outputs) if return_blocks else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, N, dim) -> logits, a pair of them in distilled training; timm 1.0.9's has no dropout."""
+        """(B, N, dim) -> logits, a pair of them in distilled training; with dropout, which older versions of timm lack."""
         x, x_dist = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
         if not pre_logits:
             x, x_dist = self.head(x), self.head_dist(x_dist)

@@ -68,7 +68,7 @@ template <typename T>
 inline T clipped_gelu(T x, T& slope) {
     T bell;
     const T phi = normal(x, bell), y = x * phi;
-    slope = y < 10 ? multiply_add(x * T(.39894228040143268), bell, phi) : T(0);  // bell / sqrt(2 pi): the density
+    slope = y <= 10 ? multiply_add(x * T(.39894228040143268), bell, phi) : T(0);  // bell / sqrt(2 pi): the density
     return y > 10 ? T(10) : y;
 }
 

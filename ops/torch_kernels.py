@@ -137,7 +137,7 @@ def _zero_outside_(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
 
 
 def clipped_gelu(x: Tensor) -> Tensor:
-    """clip(GELU(x), -10, 10), differentiable; keeps x and the output, as the layer behind it does anyway."""
+    """clip(GELU(x), -10, 10), differentiable; keeps x alone."""
     return _ClippedGELU.apply(x)
 
 
@@ -145,14 +145,13 @@ class _ClippedGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        y = _clipped_gelu(x)
-        ctx.save_for_backward(x, y)
-        return y
+        ctx.save_for_backward(x)
+        return _clipped_gelu(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, y = ctx.saved_tensors
-        return _zero_outside_(torch.ops.aten.gelu_backward(grad, x), y, -GELU_LIMIT, GELU_LIMIT)
+        x, = ctx.saved_tensors
+        return _zero_above_limit_(torch.ops.aten.gelu_backward(grad, x), x)
 
 
 def _clipped_gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -161,6 +160,12 @@ def _clipped_gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _clipped_gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x from that of clipped_gelu(x), in place. GELU(x) is above the limit where x is."""
+    """The gradient of x from that of clipped_gelu(x), in place."""
     torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
-    return _zero_outside_(grad, x, -math.inf, GELU_LIMIT)
+    return _zero_above_limit_(grad, x)
+
+
+def _zero_above_limit_(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient where the GELU is not clipped, in place. GELU(x) is above the limit where x is; the limit itself is
+    inside, as every border."""
+    return _zero_outside_(grad, x, -math.inf, GELU_LIMIT * (1 + torch.finfo(x.dtype).eps))
