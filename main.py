@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 import ops
 import utils
 from _quan_base import is_calibrated
+from calibration.reconstruction import Reconstruction
 from checkpoints.files import read_checkpoint, write_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, network_info
@@ -139,9 +140,11 @@ def get_args_parser() -> ArgumentParser:
 
     add = parser.add_argument_group('calibration').add_argument
     add('--calibration', choices=CALIBRATIONS, help='published: steps by the first batch; mse: steps, '
-        'weights, IRM fitted to the full-precision network, layer by layer; unless given, mse with --finetune, else '
-        'published')
-    add('--calibration-images', default=64, type=flags.positive_int, help='training images that mse fits to')
+        'weights, IRM fitted to the full-precision network, layer by layer; reconstruct: blocks learn by gradient '
+        'after that; unless given, mse with --finetune (reconstruct with --eval, too), else published')
+    add('--calibration-images', type=flags.positive_int, help='training images, without labels: 64 for mse and 1000 '
+        'for reconstruct, unless given')
+    add('--calibration-epochs', default=3, type=flags.positive_int, help='of reconstruct: how often a block sees them')
 
     group = parser.add_argument_group('data and evaluation')
     add = group.add_argument
@@ -277,15 +280,16 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
     Args:
         sampler: that of this rank's batches, the first of which the published calibration takes.
     """
-    calibration = args.calibration or ('mse' if args.finetune else 'published')
+    calibration = args.calibration or ('published' if not args.finetune else 'reconstruct' if args.eval else 'mse')
     if calibration == 'published' and sampler is not None:
         images = data.first_batch_images(dataset, sampler, args.batch_size)
     else:
-        source = pick(data.DataSource, vars(args))
-        images = data.calibration_images(dataset, source, args.calibration_images, args.seed)
+        count = args.calibration_images or CALIBRATIONS[calibration]
+        images = data.calibration_images(dataset, pick(data.DataSource, vars(args)), count, args.seed)
     if args.calibration is None:
         print(f'--calibration {calibration}: {len(images)} images')
-    networks.calibrate_student(model, images, calibration)
+    networks.calibrate_student(model, images, calibration, Reconstruction(args.calibration_epochs, seed=args.seed),
+                               Path(args.output_dir) / 'calibration.pth' if args.output_dir else None)
 
 
 def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:

@@ -182,7 +182,12 @@ class QVisionTransformer(VisionTransformerDistilled):
     Args:
         weight_bits, act_bits, act_granularity, irm, quantize_attn: see `QuantConfig`.
         **kwargs: arguments of timm's VisionTransformer, as num_classes, img_size, drop_path_rate.
+
+    Attributes:
+        has_twin_tokens: the distillation token is a copy of the class token, from weights that have none; calibration
+            then makes it one that changes nothing.
     """
+    has_twin_tokens = False
 
     def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', irm: bool = True,
                  quantize_attn: bool = True, **kwargs) -> None:
@@ -237,7 +242,7 @@ class QVisionTransformer(VisionTransformerDistilled):
         return (x, outputs) if return_blocks else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, N, dim) -> logits, a pair of them in distilled training; with dropout, which older versions of timm lack."""
+        """(B, N, dim) -> logits, a pair of them in distilled training; with dropout, unlike older timm's."""
         x, x_dist = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
         if not pre_logits:
             x, x_dist = self.head(x), self.head_dist(x_dist)

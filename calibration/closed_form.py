@@ -11,11 +11,16 @@ quantize, closest to what the full-precision network has at that place:
                   of those before it (GPTQ: Frantar et al., ICLR 2023, arXiv 2210.17323)
     bias          E[t] - W_hat E[x_hat]
     residual      t of `proj` and `fc2` is what the sum lacks: they correct the errors of the layers before
-    IRM           gamma and beta by least squares, see `_prepare_irm`
+    IRM           gamma and beta by least squares, see `calibration.irm`
+
+Squared errors count by what they cost at the network's outputs (`calibration.importance`): the class token's far more
+than a patch's, in the last blocks nearly alone.
 
 The result is a network of the same form as ever: another calibration gives other values of the same parameters.
 """
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,116 +28,97 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, min_scale, named_quantizers
+from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, named_quantizers
+from calibration.full_precision import FullPrecision, full_precision, heads_of
+from calibration.importance import fisher_information, token_weights
+from calibration.irm import fit_layer_norm, prepare_irm
+from calibration.scales import activation_qparams, weight_scales
+from calibration.twins import halve_attention_to_twins
 from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError
 
-__all__ = ['activation_qparams', 'calibrate_to_full_precision', 'compensate_rounding', 'fit_layer_norm', 'ridge_fit',
-           'weight_scales']
+__all__ = ['BlockWeights', 'calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compensate_rounding',
+           'fit_block', 'fit_embedding', 'fit_heads', 'ridge_fit', 'synchronize']
 
-# In units of the inputs' mean variance. With 64 images a ridge of 0.01 fits these alone: at 3 bits the network is
-# right on 12 % of other images instead of 41 %.
-RIDGE, DAMPING = 1., 0.1
+# Both in units of the inputs' mean variance. The ridge of a layer is the one whose fit to most of the images serves the
+# others best: few bits need little, for the weights to make up for rounding errors, and 8 bits need much, because
+# there is nothing to make up for.
+RIDGES = tuple(10 ** (power / 2) for power in range(-4, 9))
+DAMPING = 0.1
 SAMPLES = 2048  # values of a channel that its scale is fitted to
-CONSTANT = 8.  # of `_prepare_irm`, in units of the root mean square of |q|
+EXTREMES = 32  # and the smallest and the largest ones, so many of each: rare values can be most of a channel's variance
 
 
-# --- scales -----------------------------------------------------------------------------------------------------------
+class BlockWeights(NamedTuple):
+    """What squared errors of each token count, (N,) with a mean of 1, at the input of a block and at its output."""
+    at_input: Tensor
+    at_output: Tensor
+
+    @classmethod
+    def of_blocks(cls, information: list[Tensor], tokens: int) -> list[BlockWeights]:
+        """For each block, from the Fisher information behind each. Before the first it is taken to be as behind it."""
+        weights = [token_weights(each, tokens) for each in information]
+        return [cls(*pair) for pair in zip([weights[0], *weights], weights, strict=False)]
 
 
-class _Best:
-    """The scale and zero point of least squared error among the candidates so far, for each row of x by itself."""
-
-    def __init__(self, x: Tensor, qn: int, qp: int, importance: Tensor | None = None) -> None:
-        self.problem = x, qn, qp, importance
-        self.error = x.new_full((len(x), 1), torch.inf)
-        self.scale, self.zero = torch.ones_like(self.error), torch.zeros_like(self.error)
-
-    def consider(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """scale and zero: (rows, 1)"""
-        x, qn, qp, importance = self.problem
-        zero = torch.zeros_like(scale) if zero is None else zero
-        error = (x / scale).add_(zero).clamp_(qn, qp).round_().sub_(zero).mul_(scale).sub_(x).square_()
-        error = (error if importance is None else error.mul_(importance)).sum(1, keepdim=True)
-        better = error < self.error
-        self.scale, self.zero, self.error = (torch.where(better, new, old) for new, old in (
-            (scale, self.scale), (zero, self.zero), (error, self.error)))
+# --- activations ------------------------------------------------------------------------------------------------------
 
 
-def weight_scales(weight: Tensor, qn: int, qp: int, importance: Tensor | None = None) -> Tensor:
-    """The scale of least squared error of every row, among 60 from 0.15 to 1.1 times max|w| / qp.
-
-    Args:
-        weight: (out, in)
-        importance: (in,) or (out, in), weight of each squared error.
-
-    Returns:
-        (out,)
-    """
-    largest = weight.abs().amax(1, keepdim=True).clamp_min(min_scale(weight.dtype)) / qp
-    best = _Best(weight, qn, qp, importance)
-    for share in torch.linspace(1.1, 0.15, 60).tolist():
-        best.consider(largest * share)
-    return best.scale[:, 0]
-
-
-def activation_qparams(x: Tensor, qn: int, qp: int, whole: bool = True) -> tuple[Tensor, Tensor]:
-    """Step and zero point of least squared error of every row: a search over clipped ranges, then around the best.
-
-    Args:
-        x: (channels, values)
-        whole: zero points are integers, as quantizers use them.
-
-    Returns:
-        (channels,) each.
-    """
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    # A channel that hardly varies would get a scale far below its values, and a zero point beyond what float32 counts.
-    least = x.abs().amax(1, keepdim=True).mul(1e-4).clamp_min(min_scale(x.dtype))
-    shares = x.new_tensor([0.001, 0.02, 0.1, 0.9, 0.98, 0.999])
-    tails = x.quantile(shares, dim=1)[..., None]  # (6, C, 1)
-    best = _Best(x, qn, qp)
-    for bottom in (low, *tails[:3]):
-        for top in (high, *tails[3:]):
-            for width in (1., 1.25):
-                scale = ((top - bottom) * width / (qp - qn)).maximum(least)
-                zero = (qn + qp) / 2 - (bottom + top) / 2 / scale
-                best.consider(scale, zero.round())
-                if not whole:
-                    best.consider(scale, zero)
-    for change, by in zip((0.15, 0.07, 0.03), (1, 1, 1) if whole else (0.4, 0.2, 0.1), strict=True):
-        scale, zero = best.scale.maximum(least), best.zero
-        for factor in (1 - change, 1., 1 + change):
-            for shift in (-by, 0, by):
-                best.consider(scale * factor, zero + shift)
-    return best.scale[:, 0], best.zero[:, 0]
-
-
-def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor | None = None) -> Tensor:
-    """Fits `act` to x, by at most SAMPLES values of each channel; returns x_hat.
+def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor | None = None,
+                    weights: Tensor | None = None) -> Tensor:
+    """Fits `act` to x, by SAMPLES and EXTREMES of each channel where it has more; returns x_hat.
 
     Args:
         shift: is filled with what the caller is to add to each channel of x, through the bias that x comes from; the
             returned x_hat is that of x + shift. Zero points are then effectively not whole. A grid that must contain 0
             has more error: 0.052 instead of 0.041 of the variance at 3 bits.
+        weights: of the tokens, (N,), whose axis is then the one before the last of x (B, ..., N, values); values are
+            drawn in proportion.
     """
     rows = x.movedim(channel_axis, 0).flatten(1)
     samples = SAMPLES if channel_axis == -1 else 16 * SAMPLES  # few channels of many values
     if act.alpha.numel() == 1:
-        rows, samples = rows.reshape(1, -1), 64 * SAMPLES
+        samples = 64 * SAMPLES // len(rows)
     if not torch.isfinite(rows).all():
         raise ValueError('calibration met NaN or infinite values: check the images and the weights')
     signed = bool((rows.amin() < SIGNED_THRESHOLD).item())
-    if rows.shape[1] > samples:
-        drawn = torch.randint(rows.shape[1], (samples,), generator=torch.Generator().manual_seed(0))
-        rows = rows[:, drawn.to(x.device)]
-    scale, zero = activation_qparams(rows.contiguous(), *code_range(act.bits, signed), whole=shift is None)
+    rows, importance = _samples(rows, samples, weights, 1 if channel_axis == -1 else x.shape[-1])
+    if act.alpha.numel() == 1:
+        rows, importance = rows.reshape(1, -1), importance.reshape(1, -1)
+    scale, zero = activation_qparams(rows, *code_range(act.bits, signed), whole=shift is None, importance=importance)
     act.set_qparams(scale, zero.round(), signed)
     if shift is not None:
         shift.copy_((zero - zero.round()) * scale)
         x = x + shift.view(-1, *[1] * (x.ndim - 1 - channel_axis % x.ndim))
     return act(x)
+
+
+def _samples(rows: Tensor, samples: int, weights: Tensor | None, values: int) -> tuple[Tensor, Tensor]:
+    """Values of each channel that stand for all of them, and what each counts, (channels, fewer) each.
+
+    Args:
+        rows: (channels, images * N * values)
+        samples: how many to draw of each channel; all alike, or by the weights of the tokens, (N,).
+        values: of a token in a channel.
+    """
+    count, generator = rows.shape[1], torch.Generator().manual_seed(0)
+    if weights is None:
+        of_values = torch.ones_like(rows[0])
+    else:
+        of_values = weights.to(rows)[None, :, None].expand(count // (len(weights) * values), -1, values).flatten()
+    if count <= samples:
+        return rows.contiguous(), of_values.expand_as(rows)
+    if weights is None:
+        drawn = torch.randint(count, (samples,), generator=generator)
+    else:
+        token = torch.multinomial(weights.float().cpu(), samples, replacement=True, generator=generator)
+        image = torch.randint(count // (len(weights) * values), (samples,), generator=generator)
+        drawn = (image * len(weights) + token) * values + torch.randint(values, (samples,), generator=generator)
+    drawn = rows[:, drawn.to(rows.device)]
+    extremes = [rows.topk(EXTREMES, dim=1, largest=largest) for largest in (True, False)]
+    return (torch.cat([drawn, *(values for values, _ in extremes)], 1),
+            torch.cat([torch.full_like(drawn, count / samples), *(of_values[where] for _, where in extremes)], 1))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -147,6 +133,49 @@ def ridge_fit(weight: Tensor, covariance: Tensor, cross: Tensor, ridge: float) -
         cross: E[t x^T], (out, in)
     """
     return weight + torch.linalg.solve(_damped(covariance, ridge), (cross - weight @ covariance).mT).mT
+
+
+def choose_ridge(weight: Tensor, x: Tensor, target: Tensor, weights: Tensor | None = None) -> float:
+    """The one of RIDGES whose fit to three quarters of the images comes closest to the target on the others.
+
+    Args:
+        weight: (out, in)
+        x, target: (images, N, in) and (images, N, out)
+        weights: of the tokens, (N,)
+    """
+    split = len(x) - max(1, len(x) // 4)
+    means, (covariance, cross) = _moments(x[:split], target[:split], weights)
+    _, (held_out_covariance, held_out_cross) = _moments(x[split:], target[split:], weights, means)
+    variances, directions = torch.linalg.eigh(covariance)
+    # `ridge_fit` for every ridge, in the directions in which the covariance is diagonal.
+    change = (cross - weight @ covariance) @ directions
+    left = (held_out_cross - weight @ held_out_covariance) @ directions
+    turned = directions.mT @ held_out_covariance @ directions
+
+    def error(ridge: float) -> float:  # on the held-out images, less that of the weights as they are
+        step = change / (variances + ridge * variances.mean())
+        return ((step @ turned - 2 * left) * step).sum().item()
+
+    return min(RIDGES, key=error)
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _moments(x: Tensor, target: Tensor, weights: Tensor | None, means: Pair | None = None) -> tuple[Pair, Pair]:
+    """(E[x], E[t]) and (E[x x^T], E[t x^T]), the latter of what differs from `means` where given, else from the former.
+
+    Args:
+        x, target: (images, N, in) and (images, N, out)
+        weights: of the tokens, (N,), with a mean of 1; None for all alike.
+    """
+    if weights is not None:
+        weights = weights.to(x).expand(len(x), -1).flatten()[:, None]
+    x, target = x.flatten(0, -2), target.flatten(0, -2)
+    x_mean, target_mean = means or tuple((t if weights is None else t * weights).mean(0) for t in (x, target))
+    x, target = x - x_mean, target - target_mean
+    weighted = x if weights is None else x * weights
+    return (x_mean, target_mean), (weighted.mT @ x / len(x), target.mT @ weighted / len(x))
 
 
 def _damped(covariance: Tensor, share: float) -> Tensor:
@@ -184,21 +213,22 @@ def compensate_rounding(weight: Tensor, scale: Tensor, covariance: Tensor, qn: i
     return adjusted
 
 
-def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
-    """Fits the layer to `target` (..., out) for x (..., in), its input before quantization; returns its output.
+def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | None = None,
+                weights: Tensor | None = None) -> Tensor:
+    """Fits the layer to `target` (B, N, out) for x (B, N, in), its input before quantization; returns its output.
 
     Args:
         norm: what x comes from; its bias is moved to where the codes fit best, which the layer's bias makes up for.
+        weights: of the tokens, (N,)
     """
     shift = None if norm is None else torch.zeros_like(layer.act.alpha)
-    x_hat = _fit_activation(layer.act, x, shift=shift)
+    x_hat = _fit_activation(layer.act, x, shift=shift, weights=weights)
     if norm is not None:
         norm.bias.add_(shift)
-    x_hat, target = (t.flatten(0, -2).double() for t in (x_hat, target))
-    x_mean, target_mean = x_hat.mean(0), target.mean(0)
-    x_hat = x_hat - x_mean
-    covariance, cross = x_hat.mT @ x_hat / len(x_hat), (target - target_mean).mT @ x_hat / len(x_hat)
-    weight = ridge_fit(layer.weight.double(), covariance, cross, RIDGE)
+    weight, x_hat, target = layer.weight.double(), x_hat.double(), target.double()
+    ridge = choose_ridge(weight, x_hat, target, weights)
+    (x_mean, target_mean), (covariance, cross) = _moments(x_hat, target, weights)
+    weight = ridge_fit(weight, covariance, cross, ridge)
     importance = covariance.diagonal().clamp_min(1e-12 * covariance.diagonal().mean())
     layer.set_qparams(weight_scales(weight, *layer.code_range, importance))
     layer.weight.copy_(compensate_rounding(weight, layer.scale.double(), _damped(covariance, DAMPING),
@@ -208,117 +238,63 @@ def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | 
     return layer.linear(x if shift is None else x + shift)
 
 
-# --- IRM --------------------------------------------------------------------------------------------------------------
-
-
-def fit_layer_norm(norm: nn.LayerNorm, x: Tensor, target: Tensor) -> None:
-    """gamma and beta that bring norm(x) closest to the target, both (..., d), in squared error."""
-    x = F.layer_norm(x.double(), norm.normalized_shape, eps=norm.eps).flatten(0, -2)
-    target = target.double().flatten(0, -2)
-    x_mean, target_mean = x.mean(0), target.mean(0)
-    x, target = x - x_mean, target - target_mean
-    gamma = (x * target).mean(0) / x.square().mean(0).clamp_min(1e-12)
-    norm.weight.copy_(gamma)
-    norm.bias.copy_(target_mean - gamma * x_mean)
-
-
-def _is_identity(norm: nn.LayerNorm) -> bool:
-    return bool(((norm.weight == 1).all() & (norm.bias == 0).all()).item())
-
-
-def _prepare_irm(attn: QAttention, q: Tensor, k: Tensor) -> None:
-    """Rewrites the weights of q and k, so that a network with IRM can compute the attention of one without.
-
-    A LayerNorm takes the mean and the length of each q away, and the attention of the full-precision network depends on
-    both. Two of the d dimensions of a head are spent on keeping them. q and k are rotated alike, which leaves q k^T as
-    it is, into the d - 2 directions of the most energy (at random among these: equal spreads suit one scale for all),
-    and the last two dimensions become -s/2 + c and -s/2 - c, where s is the sum of the others and c a constant far
-    larger than |q|. The mean is then 0 and the variance nearly constant: LayerNorm is nearly linear. gamma takes the
-    last two dimensions out. The mean of k, which softmax does not see, is taken off beforehand.
-
-    Args:
-        q, k: of the full-precision network, (B, H, N, d).
-    """
-    heads, d = attn.num_heads, attn.head_dim
-    weight, bias = attn.qkv.weight.view(3, heads, d, -1), attn.qkv.bias.view(3, heads, d)
-    bias[1] -= k.mean((0, 2))
-    k = k - k.mean((0, 2), keepdim=True)
-    generator = torch.Generator().manual_seed(0)
-    for head in range(heads):
-        energy = sum(gram / gram.trace() for gram in (
-            rows.mT @ rows for rows in (t[:, head].flatten(0, 1).double() for t in (q, k))))
-        kept = torch.linalg.eigh(energy).eigenvectors[:, 2:]                         # (d, d - 2)
-        spin = torch.linalg.qr(torch.randn(d - 2, d - 2, generator=generator, dtype=torch.float64)).Q
-        turn = (kept @ spin.to(kept)).mT                                             # (d - 2, d)
-        for part, t in enumerate((q, k)):
-            constant = CONSTANT * t.square().sum(-1).mean().sqrt()
-            for values in (weight[part, head], bias[part, head]):
-                values[:-2] = (turn @ values.double()).to(values.dtype)
-                values[-2:] = -values[:-2].sum(0) / 2
-            bias[part, head, -2] += constant
-            bias[part, head, -1] -= constant
-
-
-def _heads(attn: QAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 H d) -> q, k, v, each (B, H, N, d)."""
-    return qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()
-
-
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def _full_precision(layer: LinearQ, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, is_fitted: bool) -> tuple[Tensor, Tensor]:
+def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: bool, weights: BlockWeights,
+                   ) -> tuple[Tensor, Tensor]:
     """Fits Q-Attention; returns the full-precision output and its own, each (B, N, dim).
 
     Args:
         stream_full, stream: the block's input in the full-precision and in the quantized network, (B, N, dim).
-        is_fitted: whether the full-precision network contains IRM.
+        has_irm: whether the full-precision network contains IRM.
     """
     attn, x_full, x = block.attn, block.norm1(stream_full), block.norm1(stream)
     irm = isinstance(attn.norm_q, nn.LayerNorm)
-    q, k, v = _heads(attn, _full_precision(attn.qkv, x_full))
-    if is_fitted:
+    q, k, v = heads_of(attn, full_precision(attn.qkv, x_full))
+    if has_irm:
         q, k = attn.norm_q(q), attn.norm_k(k)
-    out_full = _full_precision(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    if irm and not is_fitted:
-        _prepare_irm(attn, q, k)
-        q, k, _ = _heads(attn, _full_precision(attn.qkv, x_full))
+    out_full = full_precision(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    if irm and not has_irm:
+        prepare_irm(attn, q, k)
+        q, k, _ = heads_of(attn, full_precision(attn.qkv, x_full))
         q[..., -2:], k[..., -2:] = 0., 0.  # what gamma is to take out
-    raw_q, raw_k, v = _heads(attn, _fit_linear(attn.qkv, x, _full_precision(attn.qkv, x_full), block.norm1))
+    raw_q, raw_k, v = heads_of(attn, _fit_linear(attn.qkv, x, full_precision(attn.qkv, x_full), block.norm1,
+                                              weights.at_input))
     if irm:
-        fit_layer_norm(attn.norm_q, raw_q, q)
-        fit_layer_norm(attn.norm_k, raw_k, k)
+        fit_layer_norm(attn.norm_q, raw_q, q, weights.at_input)
+        fit_layer_norm(attn.norm_k, raw_k, k, weights.at_input)
     q, k = attn.norm_q(raw_q), attn.norm_k(raw_k)
     if attn.quantize_attn:
-        q, k, v = _fit_activation(attn.q_act, q, 1), _fit_activation(attn.k_act, k, 1), _fit_values(attn, v)
-        out = _fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1) @ v
+        q = _fit_activation(attn.q_act, q, 1, weights=weights.at_input)
+        k = _fit_activation(attn.k_act, k, 1, weights=weights.at_input)
+        v = _fit_values(attn, v, weights.at_input)
+        out = _fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1, weights=weights.at_output) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)
-    return out_full, _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), out_full + stream_full - stream)
+    return out_full, _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), out_full + stream_full - stream,
+                                 weights=weights.at_output)
 
 
-def _fit_values(attn: QAttention, v: Tensor) -> Tensor:
+def _fit_values(attn: QAttention, v: Tensor, weights: Tensor) -> Tensor:
     """v_hat of v without its mean, which each output of the attention would contain alike: `proj` adds it instead."""
     bias = attn.qkv.bias.view(3, attn.num_heads, attn.head_dim)[2]
     bias -= v.mean((0, 2))
     v, shift = v - v.mean((0, 2), keepdim=True), torch.zeros_like(attn.v_act.alpha)
-    v_hat = _fit_activation(attn.v_act, v, 1, shift)
+    v_hat = _fit_activation(attn.v_act, v, 1, shift, weights)
     bias += shift[:, None]
     return v_hat
 
 
-def _fit_block(block: QBlock, x_full: Tensor, x: Tensor, is_fitted: bool) -> tuple[Tensor, Tensor]:
+def fit_block(block: QBlock, x_full: Tensor, x: Tensor, has_irm: bool, weights: BlockWeights,
+              ) -> tuple[Tensor, Tensor]:
     """Fits a block on its inputs in both networks; returns its outputs in both, (B, N, dim) each."""
-    out_full, out = _fit_attention(block, x_full, x, is_fitted)
+    out_full, out = _fit_attention(block, x_full, x, has_irm, weights)
     x_full, x = x_full + out_full, x + out
-    mlp, hidden_full = block.mlp, _full_precision(block.mlp.fc1, block.norm2(x_full))
-    out_full = _full_precision(mlp.fc2, clipped_gelu(hidden_full))
-    hidden = clipped_gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2))
-    return x_full + out_full, x + _fit_linear(mlp.fc2, hidden, out_full + x_full - x)
+    mlp, hidden_full = block.mlp, full_precision(block.mlp.fc1, block.norm2(x_full))
+    out_full = full_precision(mlp.fc2, clipped_gelu(hidden_full))
+    hidden = clipped_gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2, weights.at_output))
+    return x_full + out_full, x + _fit_linear(mlp.fc2, hidden, out_full + x_full - x, weights=weights.at_output)
 
 
 def _fit_edge(layer: LinearQ | Conv2dQ, x: Tensor, channel_axis: int = -1) -> None:
@@ -327,16 +303,25 @@ def _fit_edge(layer: LinearQ | Conv2dQ, x: Tensor, channel_axis: int = -1) -> No
     layer.set_qparams(weight_scales(layer.weight.flatten(1), *layer.code_range))
 
 
-def _embed(model: QVisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Fits the patch embedding; returns the tokens of the full-precision and of the quantized network."""
-    conv = model.patch_embed.proj
-    conv.forward = lambda x: nn.Conv2d.forward(conv, x)
-    try:
-        x_full = model._pos_embed(model.patch_embed(images))
-    finally:
-        del conv.forward
-    _fit_edge(conv, images, 1)
-    return x_full, model._pos_embed(model.patch_embed(images))
+@torch.no_grad()
+def fit_embedding(model: QVisionTransformer, images: Tensor) -> None:
+    """Scales for the patch embedding, whose weights stay as they are."""
+    _fit_edge(model.patch_embed.proj, images, 1)
+
+
+@torch.no_grad()
+def fit_heads(model: QVisionTransformer, x: Tensor) -> None:
+    """Scales for the heads, whose weights stay as they are. x: the last block's output, (B, N, dim)."""
+    x = model.norm(x)
+    for token, head in enumerate((model.head, model.head_dist)):
+        if isinstance(head, LinearQ):
+            _fit_edge(head, x[:, token])
+
+
+def check_kind(model: nn.Module) -> None:
+    """Refuses networks that have no full-precision network behind them."""
+    if not isinstance(model, QVisionTransformer):
+        raise UserError(f'{type(model).__name__} is no quantized DeiT: use --calibration published')
 
 
 @torch.no_grad()
@@ -345,10 +330,8 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
 
     To be called before DistributedDataParallel, the optimizer and torch.compile. Under torch.distributed every rank
     calls it with as many images; parameters and images of rank 0 count, and all ranks end alike. The result follows
-    from weights and images alone: no global random state is used.
-
-    Where IRM is the identity that it starts from, the weights are taken to be of a network without it (a DeiT); else
-    IRM is part of the network to come close to (weights of a quantized network with more bits).
+    from weights and images alone: no global random state is used. What the full-precision network is, see
+    `FullPrecision`.
 
     Args:
         model: the unwrapped network; keeps its mode.
@@ -358,28 +341,28 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
         UserError: a network of another kind.
         ValueError: NaN or infinite values were met.
     """
-    if not isinstance(model, QVisionTransformer):
-        raise UserError(f'{type(model).__name__} is no quantized DeiT: use --calibration published')
-    _broadcast(*model.parameters(), *model.buffers(), images)
+    check_kind(model)
+    synchronize(model, images)
     was_training = model.training
     model.eval()
-    norms = [norm for block in model.blocks for norm in (block.attn.norm_q, block.attn.norm_k)]
-    is_fitted = any(isinstance(norm, nn.LayerNorm) and not _is_identity(norm) for norm in norms)
-    x_full, x = _embed(model, images)
-    for block in model.blocks:
-        x_full, x = _fit_block(block, x_full, x, is_fitted)
-    x = model.norm(x)
-    for token, head in enumerate((model.head, model.head_dist)):
-        if isinstance(head, LinearQ):
-            _fit_edge(head, x[:, token])
-    _broadcast(*model.parameters(), *model.buffers())
-    for _, quantizer in named_quantizers(model):
-        quantizer.read_host_state()
+    if model.has_twin_tokens:
+        halve_attention_to_twins(model, images)
+        model.has_twin_tokens = False
+    full = FullPrecision(model)
+    information = fisher_information(full, images[:64])
+    fit_embedding(model, images)
+    x_full, x = full.embed(images), model._pos_embed(model.patch_embed(images))
+    for block, weights in zip(model.blocks, BlockWeights.of_blocks(information, x.shape[1]), strict=True):
+        x_full, x = fit_block(block, x_full, x, full.has_irm, weights)
+    fit_heads(model, x)
+    synchronize(model)
     model.train(was_training)
 
 
-def _broadcast(*tensors: Tensor) -> None:
-    """Rank 0's values to all ranks."""
+def synchronize(model: nn.Module, *others: Tensor) -> None:
+    """Gives the network, and other tensors, the values that they have on rank 0."""
     if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
+        for tensor in (*model.parameters(), *model.buffers(), *others):
             dist.broadcast(tensor, 0)
+        for _, quantizer in named_quantizers(model):
+            quantizer.read_host_state()

@@ -74,6 +74,8 @@ def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor
     check_shapes({name: value for name, value in state.items() if name in own and value.ndim != own[name].ndim}, own)
     prefix_tokens = 2 if 'dist_token' in state else 1
     _adapt_distillation(state, own, notes)
+    if hasattr(model, 'has_twin_tokens'):
+        model.has_twin_tokens = 'dist_token' in own and 'dist_token' not in given
     if 'pos_embed' in state and 'pos_embed' in own:
         state['pos_embed'] = _adapt_pos_embed(state['pos_embed'], prefix_tokens, model, notes)
     _adapt_heads(state, own, notes)

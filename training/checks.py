@@ -101,8 +101,8 @@ def _check_teacher(args: Namespace) -> None:
 def _check_training(args: Namespace) -> None:
     _require(not (args.sched_on_updates and args.lr_noise), '--lr-noise is by epochs, --sched-on-updates by updates: '
              'choose one')
-    _require(args.calibration != 'mse' or bool(args.finetune or args.resume), '--calibration mse fits to '
-             'full-precision weights: name them with --finetune')
+    _require(args.calibration in (None, 'published') or bool(args.finetune or args.resume),
+             f'--calibration {args.calibration} fits to full-precision weights: name them with --finetune')
     if args.warmup_epochs >= args.epochs:
         print(f'warning: --warmup-epochs {args.warmup_epochs} is all of --epochs: the learning rate stays '
               'below --lr')

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from _quan_base import is_calibrated
 from calibration.closed_form import calibrate_to_full_precision
 from calibration.first_batch import calibrate
+from calibration.reconstruction import Reconstruction, reconstruct
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import create_network, load_quantized, network_info, state_of
@@ -26,7 +28,7 @@ from utils import UserError, rng_states, set_rng_state
 __all__ = ['CALIBRATIONS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
            'settle_buckets', 'settle_dgd_weight', 'wrap']
 
-CALIBRATIONS = ('published', 'mse')
+CALIBRATIONS = {'published': 64, 'mse': 64, 'reconstruct': 1000}  # with the images that each takes unless told
 
 
 # --- the student ------------------------------------------------------------------------------------------------------
@@ -63,17 +65,22 @@ def _create_with_dropout(name: str, num_classes: int, input_size: int, drop: flo
         return create_network(name, num_classes, input_size, drop_rate=drop, **options)  # not a vision transformer
 
 
-def calibrate_student(student: nn.Module, images: Tensor, calibration: str) -> None:
+def calibrate_student(student: nn.Module, images: Tensor, calibration: str,
+                      reconstruction: Reconstruction | None = None, progress: Path | None = None) -> None:
     """Gives the quantizers their scales, alike on all ranks.
 
     Args:
         student: on its device, with the weights to start from.
         images: (B, 3, H, W), on any device.
         calibration: 'published', by the rule for the first batch; 'mse', scales, weights and IRM fitted to the
-            full-precision network.
+            full-precision network; 'reconstruct', each block then learning to give what full precision gives there.
+        reconstruction, progress: see `reconstruct`.
     """
-    images = images.to(next(student.parameters()).device)
-    (calibrate if calibration == 'published' else calibrate_to_full_precision)(student, images)
+    if calibration == 'reconstruct':
+        reconstruct(student, images, reconstruction or Reconstruction(), progress)
+    else:
+        images = images.to(next(student.parameters()).device)
+        (calibrate if calibration == 'published' else calibrate_to_full_precision)(student, images)
 
 
 # --- the teacher ------------------------------------------------------------------------------------------------------

@@ -14,15 +14,10 @@ from torch import nn
 
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import ActQ, is_calibrated, named_quantizers
-from calibration.closed_form import (
-    activation_qparams,
-    calibrate_to_full_precision,
-    compensate_rounding,
-    fit_layer_norm,
-    ridge_fit,
-    weight_scales,
-)
+from calibration.closed_form import calibrate_to_full_precision, compensate_rounding, ridge_fit
 from calibration.first_batch import calibrate
+from calibration.irm import fit_layer_norm
+from calibration.scales import activation_qparams, weight_scales
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from utils import UserError
@@ -257,10 +252,11 @@ def accuracy(said: str) -> float:
 
 @pytest.mark.slow
 def test_evaluation_after_calibration_alone(teacher_path, tmp_path, capsys):
-    flags = *TINY, '--finetune', teacher_path, '--model', 'fourbits_deit_tiny_patch16_224', '--eval'
+    flags = (*TINY, '--finetune', teacher_path, '--model', 'fourbits_deit_tiny_patch16_224', '--eval',
+             '--calibration-epochs', '1')
     assert run(*flags, '--output_dir', tmp_path / 'out') == 0
     fitted = capsys.readouterr().out
-    assert '--calibration mse: 64 images' in fitted
+    assert '--calibration reconstruct: 1000 images' in fitted
     assert run('--eval', '--resume', tmp_path / 'out' / 'calibrated.pth', '--num_workers', '0', '--device', 'cpu') == 0
     assert accuracy(capsys.readouterr().out) == accuracy(fitted)
     assert run(*flags, '--calibration', 'published', '--calibration-images', 32) == 0

@@ -1,0 +1,73 @@
+"""The full-precision network behind a quantized one: what calibration brings the quantized one close to."""
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from _quan_base import LinearQ
+from ops import clipped_gelu
+from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
+
+__all__ = ['FullPrecision', 'full_precision', 'heads_of']
+
+
+def full_precision(layer: LinearQ, x: Tensor) -> Tensor:
+    """What the layer computes without its quantizers."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def heads_of(attn: QAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, 3 H d) -> q, k, v, each (B, H, N, d)."""
+    return qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _is_identity(norm: nn.LayerNorm) -> bool:
+    return bool(((norm.weight == 1).all() & (norm.bias == 0).all()).item())
+
+
+class FullPrecision:
+    """The network of a quantized network's weights without any quantizer; it keeps copies of these weights.
+
+    Where IRM is the identity that it starts from, the weights are taken to be of a network without it (a DeiT); else
+    IRM is part of the full-precision network (the weights are of a quantized network with more bits).
+
+    Attributes:
+        has_irm: whether it is.
+        depth: number of blocks.
+    """
+
+    def __init__(self, model: QVisionTransformer) -> None:
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        conv = self._model.patch_embed.proj
+        conv.forward = partial(nn.Conv2d.forward, conv)
+        self.depth = len(model.blocks)
+        norms = [norm for block in model.blocks for norm in (block.attn.norm_q, block.attn.norm_k)]
+        self.has_irm = any(isinstance(norm, nn.LayerNorm) and not _is_identity(norm) for norm in norms)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> tokens, (B, N, dim)."""
+        return self._model._pos_embed(self._model.patch_embed(images))
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """The output of a block, (B, N, dim)."""
+        return full_precision_block(self._model.blocks[index], x, self.has_irm)
+
+    def head(self, x: Tensor) -> Tensor:
+        """The last block's output -> logits, (B, classes): the mean of the heads', or of their inputs without heads."""
+        x, heads = self._model.norm(x), (self._model.head, self._model.head_dist)
+        return sum(full_precision(head, x[:, token]) if isinstance(head, LinearQ) else x[:, token]
+                   for token, head in enumerate(heads)) / 2
+
+
+def full_precision_block(block: QBlock, x: Tensor, has_irm: bool) -> Tensor:
+    """What a block computes without quantizers, (B, N, dim)."""
+    attn, mlp = block.attn, block.mlp
+    q, k, v = heads_of(attn, full_precision(attn.qkv, block.norm1(x)))
+    if has_irm:
+        q, k = attn.norm_q(q), attn.norm_k(k)
+    x = x + full_precision(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return x + full_precision(mlp.fc2, clipped_gelu(full_precision(mlp.fc1, block.norm2(x))))

@@ -1,0 +1,63 @@
+"""What an error inside a network costs at its outputs: the Fisher information of every block's output.
+
+An error e (dim,) of a token costs e^T F e, with F = E[g g^T] over images and labels that the full-precision network
+itself draws, and g the gradient of the loss with respect to the token. There is a matrix for each prefix token and one
+for all patches. In the last blocks of a DeiT nearly all of it is that of the prefix tokens: 65 % in the seventh of
+twelve blocks, 95 % in the tenth, where they are 1 % of the tokens.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calibration.full_precision import FullPrecision
+
+__all__ = ['fisher_information', 'information_root', 'token_weights', 'weighted_error']
+
+# Added to F, in units of its mean diagonal: few images leave directions of which nothing is known.
+UNKNOWN = 0.1
+
+
+def fisher_information(full: FullPrecision, images: Tensor, seed: int = 0) -> list[Tensor]:
+    """F behind every block, (3, dim, dim) float64: of the class token, of the distillation token, of a patch."""
+    generator, found = torch.Generator().manual_seed(seed), [0.] * full.depth
+    for batch in images.split(16):
+        x, outputs = full.embed(batch).requires_grad_(), []
+        with torch.enable_grad():
+            for index in range(full.depth):
+                x = full.block(index, x)
+                outputs.append(x)
+            logits = full.head(x)
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(x.device)
+            gradients = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction='sum'), outputs)
+        for index, g in enumerate(gradients):
+            prefix = torch.einsum('bnd,bne->nde', g[:, :2], g[:, :2])
+            patches = torch.einsum('bnd,bne->de', g[:, 2:], g[:, 2:]) / (g.shape[1] - 2)
+            found[index] = found[index] + torch.cat([prefix, patches[None]]).double() / len(images)
+    return found
+
+
+def information_root(information: Tensor, tokens: int) -> Tensor:
+    """R, (3, dim, dim), with R^T R = F, scaled to a mean diagonal of 1 over all tokens and kept from being singular."""
+    dim = information.shape[-1]
+    diagonals = information.diagonal(dim1=-2, dim2=-1).sum(-1)
+    mean = (diagonals[0] + diagonals[1] + (tokens - 2) * diagonals[2]) / (tokens * dim)
+    scaled = information / mean.clamp_min(torch.finfo(information.dtype).tiny)
+    values, vectors = torch.linalg.eigh(scaled + UNKNOWN * torch.eye(dim).to(scaled))
+    return (values.clamp_min(0).sqrt()[..., None] * vectors.mT).float()
+
+
+def weighted_error(error: Tensor, root: Tensor) -> Tensor:
+    """The mean of e^T F e / dim over images and tokens. error: (B, N, dim); root: as `information_root` gives it."""
+    root = root.to(error.dtype)
+    prefix, patches = torch.einsum('bnd,ned->bne', error[:, :2], root[:2]), error[:, 2:] @ root[2].mT
+    return (prefix.square().sum() + patches.square().sum()) / error.numel()
+
+
+def token_weights(information: Tensor, tokens: int) -> Tensor:
+    """What a squared error of each token counts, (tokens,), with a mean of 1: by the traces of F."""
+    prefix, patch = information.diagonal(dim1=-2, dim2=-1).sum(-1).split(2)
+    weights = torch.cat([prefix, patch.expand(tokens - 2)])
+    weights = weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)
+    return (weights + UNKNOWN) / (1 + UNKNOWN)
