@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import main
 import utils
 from checkpoints.files import read_checkpoint
+from training import rendezvous
 from training.state import Training
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.processes]
@@ -172,7 +173,7 @@ def test_launched_as(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    assert utils.launched_as() == expected
+    assert rendezvous.launched_as() == expected
 
 
 def test_address_from_slurm(monkeypatch, tmp_path):
@@ -183,10 +184,10 @@ def test_address_from_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv('SLURM_JOB_ID', '123')
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(utils.UserError, match=r'node\[07-09\]: set MASTER_ADDR'):
-        utils._address_from_slurm()
+        rendezvous._address_from_slurm()
     (tmp_path / 'scontrol').write_text('#!/bin/sh\necho node07; echo node08; echo node09\n')
     (tmp_path / 'scontrol').chmod(0o755)
-    utils._address_from_slurm()
+    rendezvous._address_from_slurm()
     assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == ('node07', '10123')
 
 
@@ -202,13 +203,13 @@ def test_other_ranks_leave_a_mistake_to_rank_0(monkeypatch, capsys):
 def test_the_gpu_of_a_process(monkeypatch, local_rank, visible, index):
     """A launcher may show each process its own GPU alone, which then is number 0."""
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: visible)
-    assert utils._gpu_of(local_rank, 4) == index
+    assert rendezvous._gpu_of(local_rank, 4) == index
 
 
 def test_too_few_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(utils.UserError, match='4 processes on a node with 2 GPUs'):
-        utils._gpu_of(2, 4)
+        rendezvous._gpu_of(2, 4)
 
 
 def test_a_single_process_uses_the_gpu_that_it_is_told(monkeypatch):
@@ -216,5 +217,5 @@ def test_a_single_process_uses_the_gpu_that_it_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
     for name in ('RANK', 'WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)
-    device, ranks = utils.init_distributed('cuda:1', 1, 'env://')
+    device, ranks = rendezvous.init_distributed('cuda:1', 1, 'env://')
     assert device == torch.device('cuda:1') and chosen == [device] and ranks == (0, 1)
