@@ -250,6 +250,9 @@ def settle_network(args: Namespace, checkpoint: dict[str, Any] | None) -> ModelI
         info = network_info(args.resume, checkpoint, args.model, args.model_kwargs, args.input_size)
         args.model, args.input_size, args.model_kwargs = info.model, info.input_size, dict(info.kwargs)
         args.data_set = args.data_set or info.data_set
+        if args.model_kwargs.get('in_chans', 3) != 3:
+            raise UserError(f'{args.resume} is of a network for {args.model_kwargs["in_chans"]} channels, images of '
+                            'all data sets come with 3')
     args.model = args.model or DEFAULT_MODEL
     args.input_size = args.input_size or DEFAULT_SIZE
     args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import main
 import utils
 from checkpoints.files import read_checkpoint
-from training import rendezvous
+from training import rendezvous, signals
 from training.state import Training
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.processes]
@@ -84,6 +85,47 @@ def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
     for state in (ours, expected):
         state.pop('args')
     assert_same(ours, expected)
+
+
+def test_ranks_stop_by_time_however_rare_log_lines_are(tmp_path):
+    def signal_one_and_ask_often():
+        signals.ASK_EVERY = 0.
+        update, calls = Training.update, []
+
+        def update_and_signal(self, *args):
+            update(self, *args)
+            calls.append(None)
+            if os.environ['RANK'] == '1' and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Training.update = update_and_signal
+
+    ranks = fork_ranks(tmp_path, *TINY, '--epochs', 1, '--output_dir', tmp_path, '--print-freq', 1000,
+                       prepare=signal_one_and_ask_often)
+    assert 'stopped by a signal in epoch 0 after batch 2 of 5' in ranks[0].stdout.read_text()
+    assert [rank.stderr.read_text() for rank in ranks] == ['', '']
+    assert read_checkpoint(tmp_path / 'checkpoint.pth')['step'] == 2
+
+
+def test_a_rank_that_is_lost_is_one_line(tmp_path):
+    def kill_one():
+        update = Training.update
+
+        def update_or_die(self, *args):
+            if os.environ['RANK'] == '1':
+                os.kill(os.getpid(), signal.SIGKILL)
+            update(self, *args)
+
+        Training.update = update_or_die
+
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
+    ranks = [Fork(tmp_path / str(rank), *TINY, '--epochs', 1, prepare=kill_one, RANK=rank, LOCAL_RANK=rank,
+                  WORLD_SIZE=2, MASTER_ADDR='localhost', MASTER_PORT=port) for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [1, -signal.SIGKILL]
+    line, = ranks[0].stderr.read_text().splitlines()
+    assert line.startswith('error: process 0 of 2: another process of the run has ended (')
 
 
 def test_three_ranks_continue_bit_for_bit(tmp_path):

@@ -1,6 +1,7 @@
 """How the processes of a run learn of one another: what their launcher says in the environment, and how they meet."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -199,10 +200,12 @@ def _tcp_store(host: str, port: int, ranks: Ranks, wait: _Wait) -> dist.Store:
     is_host = ranks.rank == 0 and not is_of_agent
     while True:
         try:
+            if not is_host:  # PyTorch's own attempt says a page about each that fails
+                socket.create_connection((host, port), ATTEMPT).close()
             return dist.TCPStore(host, port, ranks.world_size, is_host, timedelta(seconds=ATTEMPT), multi_tenant=True,
                                  wait_for_workers=False)
-        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
-            if 'in use' in str(error):
+        except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
+            if is_host and 'in use' in str(error):
                 raise UserError(f'MASTER_PORT {port} of {host} is in use: choose another') from error
             wait.go_on(f'process {ranks.rank} of {ranks.world_size} waits for process 0')
 
