@@ -302,7 +302,7 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
 
 
 def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:
-    classes = list(dataset.classes)
+    classes = utils.readable(dataset.classes)
     return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set)
 
 
@@ -314,7 +314,7 @@ def evaluate(args: Namespace, setting: Setting) -> None:
     known = setting.checkpoint_info
     with data.rank_0_first(setting.ranks):
         dataset = data.build_eval_dataset(pick(data.DataSource, vars(args)), known.num_classes)
-    if known.classes not in (None, list(dataset.classes)):
+    if known.classes not in (None, utils.readable(dataset.classes)):
         print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
     model = build_student(args, setting, len(dataset.classes))
     if not is_calibrated(model):

@@ -145,6 +145,14 @@ def pick(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
+def readable(names: Iterable[str]) -> list[str]:
+    """Names of folders as text that files can hold.
+
+    Python has other characters for bytes that the locale cannot read, which no encoding takes.
+    """
+    return [name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace') for name in names]
+
+
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` write a file beside `path` and renames it, so that `path` is always a whole file.
 

@@ -62,6 +62,11 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch):
     assert terminal.buffer.getvalue() == b'na\\xefve\n'
 
 
+def test_names_of_folders_in_any_encoding_are_text():
+    names = [name.decode('ascii', 'surrogateescape') for name in ('naïve'.encode(), b'na\xefve', b'plain')]
+    assert utils.readable([*names, 'naïve']) == ['naïve', 'na\\xefve', 'plain', 'naïve']
+
+
 def text_files_without_encoding(name: str) -> list[str]:
     """Calls that read or write text as the locale has it."""
     found = []
