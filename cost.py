@@ -20,11 +20,11 @@ from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
 from checkpoints.networks import create_network, open_checkpoint, read_network
 from training.flags import image_size, positive_int
-from utils import Parser, UserError, key_value, report, write_whole
+from utils import Parser, UserError, entry_point, key_value, write_whole
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=f'{__doc__}\n{CONVENTIONS}', allow_abbrev=False,
+    parser = Parser(description=f'{__doc__ or ""}\n{CONVENTIONS}', allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--model', nargs='+', default=[], metavar='NAME', help='networks of the registry, quantized or full-precision')
@@ -100,23 +100,19 @@ def rows(args: argparse.Namespace) -> list[Row]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns its exit status."""
-    try:
-        args = get_args_parser().parse_args(argv)
-        check_args(args)
-        text = render(rows(args), args.format)
-        if args.output:
-            try:
-                write_whole(args.output, lambda beside: beside.write_text(text))
-            except OSError as error:
-                raise UserError(f'--output {args.output} cannot be written ({error.strerror})') from error
-        else:
-            print(text, end='')
-    except UserError as error:
-        report(error)
-        return 2
-    return 0
+    args = get_args_parser().parse_args(argv)
+    check_args(args)
+    text = render(rows(args), args.format)
+    if args.output:
+        try:
+            write_whole(args.output, lambda beside: beside.write_text(text, encoding='utf-8'))
+        except OSError as error:
+            raise UserError(f'--output {args.output} cannot be written ({error.strerror})') from error
+    else:
+        print(text, end='')
 
 
 if __name__ == '__main__':

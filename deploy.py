@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +33,7 @@ from deployment.integer import IntegerViT
 from engine import evaluate
 from quant_vision_transformer import QVisionTransformer
 from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
-from utils import Parser, Ranks, UserError, pick, report
+from utils import Parser, Ranks, UserError, entry_point, pick, readable
 
 
 def run_pack(args: Namespace) -> None:
@@ -57,7 +56,7 @@ def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
     data_set = evaluation.data_set_of(args.file, info, args.data_set, args.data_path)
     source = pick(DataSource, vars(args) | {'data_set': data_set, 'input_size': info.input_size})
     dataset = build_eval_dataset(source, info.num_classes)
-    evaluation.check_classes(args.file, info, data_set, dataset.classes)
+    evaluation.check_classes(args.file, info, data_set, readable(dataset.classes))
     loading = Loading(args.batch_size, args.num_workers, pin_mem=False)
     return build_eval_loader(evaluation.evenly_spread(dataset, args.limit), loading, Ranks(), torch.device('cpu'))
 
@@ -181,16 +180,11 @@ of a full-precision DeiT is exported as it is.
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns its exit status."""
-    try:
-        args = get_args_parser().parse_args(argv)
-        args.run(args)
-    except UserError as error:
-        report(error)
-        traceback.clear_frames(error.__traceback__)  # lets go of data loaders, which end their workers
-        return 2
-    return 0
+    args = get_args_parser().parse_args(argv)
+    args.run(args)
 
 
 if __name__ == '__main__':

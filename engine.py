@@ -19,8 +19,9 @@ from losses import DistillationLoss, SoftLabels
 from models import Teacher
 from samplers import ResumableSampler
 from training.record import RunRecord
+from training.signals import Agreement, StopRequest
 from training.state import CheckpointFolder, Training
-from utils import DivergedError, MetricLogger, StopRequest, any_rank
+from utils import DivergedError, MetricLogger, any_rank
 
 AMP_DTYPES = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -62,7 +63,7 @@ def train_one_epoch(
     """Trains from `training.batches_done` to the end of the epoch, or to the update after which a stop is requested.
 
     The host waits for the device at log lines only (and, with fp16, where the loss scaler looks for infinities).
-    Several processes agree on a stop at log lines; a single one looks for it after every batch.
+    Several processes agree on a stop every few seconds; a single one looks for it after every update.
 
     Args:
         network: `training.model`, or its DistributedDataParallel.
@@ -71,18 +72,20 @@ def train_one_epoch(
         record: is told of every log line.
 
     Returns:
-        The means over the batches seen, and whether a stop was requested.
+        The means over the batches of the epoch, and whether a stop was requested.
 
     Raises:
         DivergedError: a loss was not finite; the model is not to be saved.
     """
     total = training.batches_done + len(loader)
-    logger = MetricLogger(f'Epoch: [{training.epoch}]', total, loop.print_freq, training.device, training.batches_done)
+    logger = MetricLogger(f'Epoch: [{training.epoch}]', total, loop.print_freq, training.device, training.batches_done,
+                          training.meters)
     training.model.train()
     stopping, = any_rank(stop.requested, device=training.device)
     if stopping or not len(loader):
-        return {}, stopping
+        return logger.means(), stopping
 
+    agreement = Agreement(training.device)
     for images, labels in logger.batches(loader):
         images, labels = _on_device(images, labels, training.device)
         if mixup is not None:
@@ -97,7 +100,9 @@ def train_one_epoch(
         training.batches_done += 1
 
         logger.update(**_rates(training), **{name: part.detach() for name, part in parts.items()})
-        if logger.end_batch() or stopping or (stop.requested and not dist.is_initialized()):
+        if is_update and not stopping:
+            stopping = agreement.after_update(stop.requested)
+        if logger.end_batch() or stopping:
             stopping = _read(logger, training, stopping or stop.requested)
             logger.print_line()
             if record is not None:
@@ -105,6 +110,7 @@ def train_one_epoch(
         if stopping and is_update:
             break
     logger.print_total()
+    training.meters = logger.sums()
     means = logger.means()
     print('Averaged stats:', '  '.join(f'{name}: {mean:.6f}' for name, mean in means.items()))
     return means, stopping

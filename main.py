@@ -8,9 +8,9 @@
 import json
 import os
 import sys
-import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +37,14 @@ from training.methods.oscillation import OscillationConfig
 from training.methods.registry import build_methods
 from training.networks import CALIBRATIONS
 from training.optimizer import OptimizerConfig
+from training.output import output_folder
 from training.record import RunRecord, describe_run, write_args
+from training.rendezvous import init_distributed, print_on_rank_0
 from training.resumption import Position, resume_and_say
 from training.schedule import ScheduleConfig
+from training.signals import StopRequest
 from training.state import Averaging, CheckpointFolder, build_training
-from utils import DivergedError, Ranks, UserError, pick
+from utils import Ranks, UserError, pick
 
 DEFAULT_MODEL = 'fourbits_deit_tiny_patch16_224'
 DEFAULT_SIZE = 224
@@ -207,11 +210,15 @@ class Setting(NamedTuple):
     checkpoint_info: ModelInfo | None
 
 
-def prepare(args: Namespace) -> Setting:
-    """Joins the processes, reads the checkpoint, and settles, says and saves how everything is going to run."""
+def prepare(args: Namespace, held: ExitStack) -> Setting:
+    """Joins the processes, reads the checkpoint, and settles, says and saves how everything is going to run.
+
+    Args:
+        held: keeps the output folder until the job is done.
+    """
     device_was_open = args.device is None
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    device, ranks = utils.init_distributed(args.device, args.world_size, args.dist_url)
+    device, ranks = init_distributed(args.device, args.world_size, args.dist_url)
     args.rank, args.world_size = ranks
     if device_was_open and args.device == 'cpu':
         print('no CUDA GPU here: running on the CPU')
@@ -220,6 +227,9 @@ def prepare(args: Namespace) -> Setting:
     implementation = ops.choose(args.native_kernels, device)
     args.native_kernels = implementation == 'cpu'
     output = Path(args.output_dir) if args.output_dir else None
+    is_writer = output is not None and ranks.rank == 0 and not (args.eval and args.resume)
+    if is_writer:
+        held.enter_context(output_folder(output))
     if args.resume == 'auto':
         args.resume = str(output / 'checkpoint.pth') if (output / 'checkpoint.pth').is_file() else ''
         print(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
@@ -231,7 +241,7 @@ def prepare(args: Namespace) -> Setting:
     args.scaled_lr = args.lr * effective_batch / 512
     run = describe_run(vars(plain(args)), device) | {'effective_batch': effective_batch, 'scaled_lr': args.scaled_lr}
     print(json.dumps(run))
-    if output and ranks.rank == 0 and not args.eval:
+    if is_writer and not args.eval:
         write_args(run, output)
     return Setting(device, ranks, implementation, checkpoint, info)
 
@@ -243,6 +253,9 @@ def settle_network(args: Namespace, checkpoint: dict[str, Any] | None) -> ModelI
         info = network_info(args.resume, checkpoint, args.model, args.model_kwargs, args.input_size)
         args.model, args.input_size, args.model_kwargs = info.model, info.input_size, dict(info.kwargs)
         args.data_set = args.data_set or info.data_set
+        if args.model_kwargs.get('in_chans', 3) != 3:
+            raise UserError(f'{args.resume} is of a network for {args.model_kwargs["in_chans"]} channels, images of '
+                            'all data sets come with 3')
     args.model = args.model or DEFAULT_MODEL
     args.input_size = args.input_size or DEFAULT_SIZE
     args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')
@@ -293,7 +306,7 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
 
 
 def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:
-    classes = list(dataset.classes)
+    classes = utils.readable(dataset.classes)
     return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set)
 
 
@@ -305,7 +318,7 @@ def evaluate(args: Namespace, setting: Setting) -> None:
     known = setting.checkpoint_info
     with data.rank_0_first(setting.ranks):
         dataset = data.build_eval_dataset(pick(data.DataSource, vars(args)), known.num_classes)
-    if known.classes not in (None, list(dataset.classes)):
+    if known.classes not in (None, utils.readable(dataset.classes)):
         print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
     model = build_student(args, setting, len(dataset.classes))
     if not is_calibrated(model):
@@ -327,7 +340,6 @@ def calibrate(args: Namespace, setting: Setting) -> None:
     if args.output_dir and setting.ranks.rank == 0:
         state = {'model': model.state_dict(), 'epoch': -1, 'args': plain(args),
                  'qvit': describe_network(args, dataset_val).to_dict()}
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_checkpoint(state, Path(args.output_dir) / 'calibrated.pth')
     loader = data.build_eval_loader(dataset_val, pick(data.Loading, vars(args)), setting.ranks, setting.device)
     evaluate_and_say('test', model, loader, setting.device, pick(Loop, vars(args)))
@@ -360,17 +372,18 @@ def train(args: Namespace, setting: Setting) -> None:
     print(f'number of params: {args.n_parameters}')
     if setting.checkpoint is not None:
         resume_and_say(args.resume, training, setting.checkpoint, pick(Position, vars(args)),
-                       pick(OptimizerConfig, vars(args)), pick(ScheduleConfig, vars(args)), ranks, batches)
+                       pick(OptimizerConfig, vars(args)), pick(ScheduleConfig, vars(args)), ranks, batches,
+                       args.native_kernels)
 
     info, folder, record = describe_network(args, dataset), None, None
     if args.output_dir:
-        folder = CheckpointFolder(Path(args.output_dir), ranks.rank == 0, plain(args), info)
+        folder = CheckpointFolder(Path(args.output_dir), ranks.rank == 0, plain(args), info, batches)
     if folder is not None and folder.is_writer:
         record = RunRecord(folder.path, training, info, dataset_val, batches,
                            args.batch_size * ranks.world_size, vars(plain(args)), vars(plain(parse_args([]))))
     loader_val = data.build_eval_loader(dataset_val, loading, ranks, device)
     mixup = data.build_mixup(pick(data.Mixing, vars(args)), len(dataset.classes))
-    with utils.StopRequest() as stop:
+    with StopRequest() as stop:
         fit(network, training, criterion, loader, sampler, loader_val, pick(Loop, vars(args)), stop, mixup, folder,
             record)
 
@@ -388,27 +401,22 @@ def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_cla
                                     stored_labels=bool(args.soft_labels))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@utils.entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns its exit status."""
-    try:
-        utils.print_on_rank_0()
-        args = parse_args(argv)
-        check_args(args)
-        setting = prepare(args)
+    print_on_rank_0()
+    args = parse_args(argv)
+    check_args(args)
+    with ExitStack() as held:
+        setting = prepare(args, held)
         if not args.eval:
             train(args, setting)
         elif setting.checkpoint is not None:
             evaluate(args, setting)
         else:
             calibrate(args, setting)
-    except (UserError, DivergedError) as error:
-        utils.report(error)
-        # Lets go of the data loaders, which end their workers; the interpreter would wait for these at its exit.
-        traceback.clear_frames(error.__traceback__)
-        return 2 if isinstance(error, UserError) else 1
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == '__main__':

@@ -16,12 +16,11 @@ from analysis.model_card import write_model_card
 from checkpoints.files import read_checkpoint
 from checkpoints.networks import open_checkpoint
 from main import parse_args
-from utils import UserError, report
+from utils import Parser, UserError, entry_point
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('checkpoint', type=Path, help="a file that main.py wrote, as an output folder's "
                                                       'best_checkpoint.pth')
     parser.add_argument('--images', type=int, help='images that the accuracies in log.txt were measured on')
@@ -43,16 +42,15 @@ def write_card_of(path: Path, images: int | None) -> None:
                      path.name, checkpoint['epoch'])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns its exit status."""
     args = get_args_parser().parse_args(argv)
     try:
         write_card_of(args.checkpoint, args.images)
-    except (UserError, OSError) as error:  # OSError: its text names the folder that cannot be written
-        report(error)
-        return 2
+    except OSError as error:  # its text names the folder that cannot be written
+        raise UserError(str(error)) from error
     print(f'{args.checkpoint.parent / "model_card.md"} and model_card.json')
-    return 0
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import main as training
-from utils import UserError, report
+from utils import UserError, entry_point
 
 
 class Job:
@@ -52,18 +52,15 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     return parser.parse_known_args(argv)
 
 
-def submit(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def submit(argv: Sequence[str] | None = None) -> None:
     """Queues the job; returns the exit status."""
     args, flags = parse_args(argv)
+    training.parse_args(flags)  # main.py checks the rest where it runs: this node may have no GPU
     try:
-        training.parse_args(flags)  # main.py checks the rest where it runs: this node may have no GPU
-        try:
-            import submitit
-        except ImportError as error:
-            raise UserError('submitit is not installed: pip install submitit') from error
-    except UserError as error:
-        report(error)
-        return 2
+        import submitit
+    except ImportError as error:
+        raise UserError('submitit is not installed: pip install submitit') from error
     job_dir = args.job_dir.resolve()
     executor = submitit.AutoExecutor(folder=job_dir / 'slurm_%j', slurm_max_num_timeout=30)
     optional = {f'slurm_{name}': getattr(args, name) for name in ('partition', 'account', 'constraint', 'comment')
@@ -73,7 +70,6 @@ def submit(argv: Sequence[str] | None = None) -> int:
         cpus_per_task=args.cpus_per_task, timeout_min=args.timeout, slurm_signal_delay_s=120, **optional)
     job = executor.submit(Job([*flags, '--output_dir', str(job_dir)]))
     print(f'job {job.job_id}, checkpoints and logs in {job_dir}')
-    return 0
 
 
 if __name__ == '__main__':

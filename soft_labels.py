@@ -94,7 +94,7 @@ def label_crops(teacher: Teacher, name: str, dataset: Dataset, crops: Crops, *, 
 
 
 def get_args_parser() -> utils.Parser:
-    parser = utils.Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    parser = utils.Parser(description=(__doc__ or '').partition('\n')[0], allow_abbrev=False,
                           formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add('--output', required=True, metavar='FILE', help='.safetensors file to write')
@@ -146,16 +146,12 @@ def write_labels(args: Namespace) -> StoredLabels:
     return labels
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@utils.entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns its exit status."""
-    try:
-        args = parse_args(argv)
-        labels = write_labels(args)
-    except UserError as error:
-        utils.report(error)
-        return 2
+    args = parse_args(argv)
+    labels = write_labels(args)
     print(f'{args.output}: {labels}')
-    return 0
 
 
 if __name__ == '__main__':

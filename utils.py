@@ -1,15 +1,16 @@
-"""What all entry points share: mistakes and flags, files, distributed start-up, randomness, metric logging."""
+"""What all entry points share: mistakes and flags, files, ranks, randomness, metric logging."""
 
 import ast
 import difflib
+import functools
 import os
 import random
 import re
-import signal
+import secrets
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from argparse import ArgumentParser, ArgumentTypeError
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -30,8 +31,12 @@ class UserError(ValueError):
     """A mistake of the user's: one line that names the value and what to do. Entry points exit with status 2."""
 
 
-class DivergedError(RuntimeError):
-    """Training met a loss that is not finite: one line. Entry points exit with status 1."""
+class RunError(RuntimeError):
+    """What ends a run though its command line is right: one line. Entry points exit with status 1."""
+
+
+class DivergedError(RunError):
+    """Training met a loss that is not finite."""
 
 
 def closest(name: str, known: Collection[str]) -> str:
@@ -40,20 +45,69 @@ def closest(name: str, known: Collection[str]) -> str:
     return f'did you mean {", ".join(close)}?' if close else 'no name comes close to it'
 
 
-def report(error: Exception) -> None:
+_speaks = True  # whether this process says what ends it, before it has met the others of a run
+
+
+def speak_for_run(speaks: bool) -> None:
+    """Says whether this process reports for all of its run, which one of them does."""
+    global _speaks
+    _speaks = speaks
+
+
+def speaks_for_run() -> bool:
+    return _speaks
+
+
+def report(error: BaseException) -> None:
     """One line on standard error for a mistake that ends the run, from one process of a distributed run."""
     # Errors of data-loading workers come with the worker's whole traceback, and the message as its last line.
-    line = str(error).strip().splitlines()[-1].removeprefix('utils.UserError: ')
-    if dist.is_initialized():
-        # Not always rank 0: an unreadable image, for one, is met by whoever has to load it.
-        try:
-            first = dist.distributed_c10d._get_default_store().add('errors_reported', 1) == 1
-        except RuntimeError:  # the process that holds the store has reported and left
-            first = False
-    else:
-        first = launched_as()[0] == 0
-    if first:
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix('utils.UserError: ')
+    if _is_first_to_report():
         print(f'error: {line}', file=sys.stderr, flush=True)
+
+
+def _is_first_to_report() -> bool:
+    if not dist.is_initialized():
+        return _speaks
+    # Not always rank 0: an unreadable image, for one, is met by whoever has to load it.
+    try:
+        return dist.distributed_c10d._get_default_store().add('errors_reported', 1) == 1
+    except RuntimeError:  # the process that holds the store has reported and left
+        return False
+
+
+def entry_point(run: Callable[..., None]) -> Callable[..., int]:
+    """Makes `run` return an exit status: 0, or, after one line that says why, that of what ended it.
+
+    A mistake of the user's ends with 2, Ctrl-C with 130, and with 1 what comes from outside: a full disk, a process of
+    the run that is gone. Everything else is an error of the program, and its traceback is left alone.
+    """
+    @functools.wraps(run)
+    def status(*args: Any, **kwargs: Any) -> int:
+        speak_for_run(True)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, 'reconfigure'):  # a class may have a name that the terminal's encoding lacks
+                stream.reconfigure(errors='backslashreplace')
+        try:
+            run(*args, **kwargs)
+            return 0
+        except (UserError, RunError, OSError, KeyboardInterrupt) as error:
+            ended_by: BaseException = error
+        except RuntimeError as error:
+            if not (dist.is_initialized() and _is_lost_connection(error)):
+                raise
+            ended_by = RunError(f'process {dist.get_rank()} of {dist.get_world_size()}: another process of the run has '
+                                f'ended ({" ".join(str(error).split())[-120:]})').with_traceback(error.__traceback__)
+        report(RunError('stopped by Ctrl-C') if isinstance(ended_by, KeyboardInterrupt) else ended_by)
+        # Lets go of the data loaders, which end their workers; the interpreter would wait for these at its exit.
+        traceback.clear_frames(ended_by.__traceback__)
+        return 2 if isinstance(ended_by, UserError) else 130 if isinstance(ended_by, KeyboardInterrupt) else 1
+
+    return status
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or 'gloo' in str(error)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -91,19 +145,43 @@ def pick(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
+def readable(names: Iterable[str]) -> list[str]:
+    """Names of folders as text that files can hold.
+
+    Python has other characters for bytes that the locale cannot read, which no encoding takes.
+    """
+    return [name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace') for name in names]
+
+
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` write a file beside `path` and renames it, so that `path` is always a whole file.
+
+    It is on the disk before it has its name, so a machine that stops keeps the one or the other. The name beside is of
+    no other process, be it on another machine.
 
     Raises:
         OSError: as writing or renaming raises it; what was at `path` before is still there.
     """
     path = Path(path)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    beside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
     try:
         write(beside)
+        _flush_to_disk(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+    try:
+        _flush_to_disk(path.parent)
+    except OSError:  # not every file system does this for a folder, and the file is written
+        return
+
+
+def _flush_to_disk(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 # --- distributed runs -------------------------------------------------------------------------------------------------
@@ -115,84 +193,6 @@ class Ranks(NamedTuple):
     world_size: int = 1
 
 
-def launched_as() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, processes of this node) as torchrun, torch.distributed.launch or srun set them."""
-    env = os.environ
-    if 'RANK' in env and 'WORLD_SIZE' in env:
-        world = int(env['WORLD_SIZE'])
-        return int(env['RANK']), world, int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', world))
-    # Within a batch script or an interactive shell of Slurm, SLURM_PROCID is there too, but no step of several tasks.
-    world = int(env.get('SLURM_STEP_NUM_TASKS', 1))
-    if world > 1 and 'SLURM_PROCID' in env:
-        nodes = int(env.get('SLURM_STEP_NUM_NODES', 1))
-        return int(env['SLURM_PROCID']), world, int(env.get('SLURM_LOCALID', 0)), -(-world // nodes)
-    return 0, 1, 0, 1
-
-
-def print_on_rank_0() -> None:
-    """Lets rank 0 alone print, and its lines appear as they come also in files and pipes."""
-    if launched_as()[0] > 0:
-        sys.stdout = open(os.devnull, 'w')
-    elif hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(line_buffering=True)
-
-
-def init_distributed(device: str, world_size: int, dist_url: str) -> tuple[torch.device, Ranks]:
-    """Joins the processes of the run, if there are several. NCCL connects GPUs, gloo anything else.
-
-    Args:
-        device: 'cuda' or 'cpu'; of several processes each gets a GPU of its own.
-        world_size: how many processes to expect, 1 for however many there are.
-        dist_url: where they meet.
-
-    Returns:
-        This process' device, and its number among those of the run.
-
-    Raises:
-        UserError: processes, GPUs or addresses do not fit together.
-    """
-    rank, world, local_rank, local_world = launched_as()
-    if world_size not in (1, world):
-        raise UserError(f'--world_size {world_size}, but {world} process{"es" if world > 1 else ""} started: '
-                        f'start with torchrun --nproc_per_node={world_size}')
-    own = torch.device(device)
-    if own.type == 'cuda':
-        own = own if world == 1 else torch.device('cuda', _gpu_of(local_rank, local_world))
-        torch.cuda.set_device(own)
-    if world == 1:
-        return own, Ranks(rank, world)
-
-    if own.type != 'cuda' and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    if dist_url == 'env://' and 'MASTER_ADDR' not in os.environ:
-        _address_from_slurm()
-    dist.init_process_group('nccl' if own.type == 'cuda' else 'gloo', init_method=dist_url, rank=rank,
-                            world_size=world, timeout=timedelta(minutes=30))
-    return own, Ranks(rank, world)
-
-
-def _gpu_of(local_rank: int, local_world: int) -> int:
-    """The index of a process' GPU. A launcher that shows each process one GPU, its own, calls it 0 in all of them."""
-    visible = torch.cuda.device_count()
-    if visible > 1 and local_rank >= visible:
-        raise UserError(f'{local_world} processes on a node with {visible} GPUs: start one process per GPU')
-    return 0 if visible == 1 else local_rank
-
-
-def _address_from_slurm() -> None:
-    """The first node of the step as the meeting point, at a port that follows from the job's number."""
-    nodes = os.environ.get('SLURM_STEP_NODELIST', os.environ.get('SLURM_JOB_NODELIST', 'localhost'))
-    address = nodes
-    if '[' in nodes or ',' in nodes:
-        try:
-            command = ['scontrol', 'show', 'hostnames', nodes]
-            address = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f'cannot tell the first of the nodes {nodes}: set MASTER_ADDR and MASTER_PORT') from error
-    os.environ['MASTER_ADDR'] = address
-    os.environ.setdefault('MASTER_PORT', str(10000 + int(os.environ.get('SLURM_JOB_ID', 0)) % 50000))
-
-
 def any_rank(*flags: bool, device: torch.device) -> list[bool]:
     """Says of each flag whether it is set on any rank. A collective, and a synchronisation with the device."""
     if not dist.is_initialized():
@@ -202,6 +202,15 @@ def any_rank(*flags: bool, device: torch.device) -> list[bool]:
     return [bool(flag) for flag in agreed.tolist()]
 
 
+def from_all_ranks(own: T) -> list[T]:
+    """What each rank has, in their order. A collective."""
+    if not dist.is_initialized():
+        return [own]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean over all processes: gathered and summed in one order, so bit for bit the same on each."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -209,34 +218,6 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.stack(parts).mean(0)
-
-
-class StopRequest:
-    """Within `with`, SIGTERM and SIGINT set `requested` instead of ending the process."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def _request(self, *_: Any) -> None:
-        self.requested = True
-
-    def __enter__(self) -> 'StopRequest':
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-def outlive_signals(_worker: int) -> None:
-    """Keeps a data-loading worker alive through a signal to the whole process group, until the parent has its batch.
-
-    SIGINT is left to the parent. SIGTERM ends a worker 20 s later, which is time for the parent to end its update; it
-    is not ignored, because the interpreter ends forgotten workers with it at its exit.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 # --- memory and randomness --------------------------------------------------------------------------------------------
@@ -254,11 +235,7 @@ def rng_states(device: torch.device) -> list[dict[str, Any]]:
     own = {'python': random.getstate(), 'numpy': (kind, key.tolist(), *rest), 'torch': torch.get_rng_state()}
     if device.type == 'cuda':
         own['cuda'] = torch.cuda.get_rng_state(device)
-    if not dist.is_initialized():
-        return [own]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, own)
-    return states
+    return from_all_ranks(own)
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
@@ -278,8 +255,8 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 class SmoothedValue:
     """A series of numbers: the median of the last 20, and the mean of all."""
 
-    def __init__(self, form: str = '{median:.4f} ({mean:.4f})') -> None:
-        self.form, self.recent, self.total, self.count = form, deque(maxlen=20), 0., 0
+    def __init__(self, form: str = '{median:.4f} ({mean:.4f})', total: float = 0., count: int = 0) -> None:
+        self.form, self.recent, self.total, self.count = form, deque(maxlen=20), total, count
 
     def update(self, value: float) -> None:
         self.recent.append(value)
@@ -299,6 +276,10 @@ class SmoothedValue:
         return self.form.format(median=median, mean=self.mean, last=self.last)
 
 
+def _form(name: str) -> str:
+    return '{last:.6f}' if name in ('lr', 'lr_min') else '{median:.4f} ({mean:.4f})'
+
+
 class MetricLogger:
     """Log lines in DeiT's form. Tensors wait on their device until `read`, which copies all of them at once.
 
@@ -312,11 +293,13 @@ class MetricLogger:
         header: begins each line, as in 'Epoch: [3]'.
         total: batches of the whole epoch, of which `done` were seen before.
         print_freq: batches between log lines; the first and the last batch have one, too.
+        sums: of the batches that were seen before, what `sums` gave.
     """
 
-    def __init__(self, header: str, total: int, print_freq: int, device: torch.device, done: int = 0) -> None:
+    def __init__(self, header: str, total: int, print_freq: int, device: torch.device, done: int = 0,
+                 sums: Mapping[str, tuple[float, int]] | None = None) -> None:
         self.header, self.total, self.print_freq, self.device, self.done = header, total, print_freq, device, done
-        self.meters: dict[str, SmoothedValue] = {}
+        self.meters = {name: SmoothedValue(_form(name), *seen) for name, seen in (sums or {}).items()}
         self.data_time, self.batch_time = SmoothedValue('{mean:.4f}'), SmoothedValue('{mean:.4f}')
         self._waiting: list[dict[str, float | Tensor]] = []
         self._started = self._batch_started = time.monotonic()
@@ -350,8 +333,7 @@ class MetricLogger:
             for name, value in values.items():
                 number = next(numbers) if isinstance(value, Tensor) else value
                 finite = finite and np.isfinite(number)
-                form = '{last:.6f}' if name in ('lr', 'lr_min') else '{median:.4f} ({mean:.4f})'
-                self.meters.setdefault(name, SmoothedValue(form)).update(number)
+                self.meters.setdefault(name, SmoothedValue(_form(name))).update(number)
         self._waiting = []
         return bool(finite)
 
@@ -375,6 +357,10 @@ class MetricLogger:
         spent = time.monotonic() - self._started
         print(f'{self.header} Total time: {timedelta(seconds=int(spent))} '
               f'({spent / max(self.batch_time.count, 1):.4f} s / it)')
+
+    def sums(self) -> dict[str, tuple[float, int]]:
+        """The sum of every meter over the batches of this rank, and how many they are."""
+        return {name: (meter.total, meter.count) for name, meter in self.meters.items()}
 
     def means(self) -> dict[str, float]:
         """The mean of every meter over all batches of all ranks. A collective."""

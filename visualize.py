@@ -22,7 +22,7 @@ from checkpoints.networks import ModelInfo, open_network
 from datasets import DATASETS, ImageList, build_dataset, build_transform
 from training.flags import image_size, positive, positive_int
 from training.networks import build_teacher
-from utils import Parser, UserError, closest, key_value, report
+from utils import Parser, UserError, closest, entry_point, key_value
 
 COMMANDS = {  # name: (summary, example, images of a data set unless said otherwise)
     'qk': ('histograms and entropies of queries and keys: before and after IRM, as codes, beside the teacher\'s',
@@ -176,21 +176,17 @@ def import_figures() -> ModuleType:
     return figures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns its exit status."""
-    try:
-        args = get_args_parser().parse_args(argv)
-        figures = import_figures()
-        figures.check_output(args.output)
-        if args.command != 'curves':
-            check_args(args)
-        for path, figure in draw(args, figures):
-            figures.save(figure, path)
-            print(f'-> {path}')
-    except UserError as error:
-        report(error)
-        return 2
-    return 0
+    args = get_args_parser().parse_args(argv)
+    figures = import_figures()
+    figures.check_output(args.output)
+    if args.command != 'curves':
+        check_args(args)
+    for path, figure in draw(args, figures):
+        figures.save(figure, path)
+        print(f'-> {path}')
 
 
 if __name__ == '__main__':

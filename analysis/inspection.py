@@ -208,7 +208,7 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
     """
     path = path / 'log.txt' if path.is_dir() else path
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read ({getattr(error, "strerror", None) or "no text"}): name the folder or '
                         'the log.txt of a run') from error

@@ -6,6 +6,7 @@ is kept.
 """
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -44,8 +45,8 @@ def write_model_card(directory: str | Path, model: nn.Module, info: ModelInfo, f
     card = _card(model, info, _plain(flags), _plain(defaults), _log(directory / 'log.txt'), images, epoch)
     card |= _record(directory / 'args.json')
     card |= {'checkpoint': checkpoint, 'commands': _commands(checkpoint, info.data_set)}
-    write_whole(directory / 'model_card.json', lambda beside: beside.write_text(json.dumps(card, indent=2) + '\n'))
-    write_whole(directory / 'model_card.md', lambda beside: beside.write_text(_markdown(card)))
+    for name, text in (('model_card.json', json.dumps(card, indent=2) + '\n'), ('model_card.md', _markdown(card))):
+        write_whole(directory / name, functools.partial(Path.write_text, data=text, encoding='utf-8'))
 
 
 # --- what the card says -----------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def _commands(checkpoint: str, data_set: str | None) -> dict[str, str]:
 def _log(path: Path) -> list[dict[str, Any]]:
     """The epochs of log.txt, none where there is none; a line that was cut off is left out."""
     entries = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else ():
         try:
             entries.append(json.loads(line))
         except ValueError:
@@ -124,7 +125,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
 def _record(path: Path) -> dict[str, Any]:
     """Versions and commit of args.json, None where there is no such file that can be read."""
     try:
-        record = json.loads(path.read_text()) if path.is_file() else {}
+        record = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     except ValueError:
         record = {}
     return {'versions': {name: record.get(name) for name in ('python', 'torch', 'timm', 'cuda', 'gpu')},

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import safetensors.torch
 import torch
 
-from utils import UserError, write_whole
+from utils import RunError, UserError, write_whole
 
 __all__ = ['local_file', 'read_checkpoint', 'write_checkpoint']
 
@@ -78,5 +78,17 @@ def _load(load, path: str | Path) -> dict:
 
 
 def write_checkpoint(state: dict, path: str | Path) -> None:
-    """Writes `state` so that `path` is always a whole file."""
-    write_whole(path, lambda beside: torch.save(state, beside))
+    """Writes `state` so that `path` is always a whole file.
+
+    Raises:
+        RunError: it cannot be written; what was at `path` before is still there.
+    """
+    try:
+        write_whole(path, lambda beside: torch.save(state, beside))
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, 'strerror', None)
+        if reason is None and 'inline_container' not in str(error):
+            raise
+        # PyTorch's writer does not tell why the system refused to write.
+        raise RunError(f'{path} cannot be written ({reason or "no room on the disk, or in the quota"}), an earlier '
+                       'file is still there: make room') from error

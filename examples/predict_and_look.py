@@ -19,7 +19,7 @@ from analysis.inspection import class_token_maps  # noqa: E402
 from checkpoints.networks import open_network  # noqa: E402
 from datasets import build_transform  # noqa: E402
 from deployment.predictor import class_names, likeliest, read_picture  # noqa: E402
-from utils import UserError, report  # noqa: E402
+from utils import entry_point  # noqa: E402
 from visualize import import_figures  # noqa: E402
 
 
@@ -37,19 +37,15 @@ def predict_and_look(image_file: str, network_file: str, model_name: str | None,
     print(f'-> {output}')
 
 
-def main() -> int:
+@entry_point
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('image', metavar='IMAGE', help='an image file')
     parser.add_argument('--resume', required=True, metavar='FILE', help='checkpoint or packed file of the network')
     parser.add_argument('--model', help='its network, where the file does not say')
     parser.add_argument('--output', type=Path, default=Path('look.png'), help='the picture, .png or .pdf')
     args = parser.parse_args()
-    try:
-        predict_and_look(args.image, args.resume, args.model, args.output)
-    except UserError as error:
-        report(error)
-        return 2
-    return 0
+    predict_and_look(args.image, args.resume, args.model, args.output)
 
 
 if __name__ == '__main__':

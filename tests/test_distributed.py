@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import main
 import utils
 from checkpoints.files import read_checkpoint
+from training import rendezvous, signals
 from training.state import Training
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.processes]
@@ -83,6 +85,47 @@ def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
     for state in (ours, expected):
         state.pop('args')
     assert_same(ours, expected)
+
+
+def test_ranks_stop_by_time_however_rare_log_lines_are(tmp_path):
+    def signal_one_and_ask_often():
+        signals.ASK_EVERY = 0.
+        update, calls = Training.update, []
+
+        def update_and_signal(self, *args):
+            update(self, *args)
+            calls.append(None)
+            if os.environ['RANK'] == '1' and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Training.update = update_and_signal
+
+    ranks = fork_ranks(tmp_path, *TINY, '--epochs', 1, '--output_dir', tmp_path, '--print-freq', 1000,
+                       prepare=signal_one_and_ask_often)
+    assert 'stopped by a signal in epoch 0 after batch 2 of 5' in ranks[0].stdout.read_text()
+    assert [rank.stderr.read_text() for rank in ranks] == ['', '']
+    assert read_checkpoint(tmp_path / 'checkpoint.pth')['step'] == 2
+
+
+def test_a_rank_that_is_lost_is_one_line(tmp_path):
+    def kill_one():
+        update = Training.update
+
+        def update_or_die(self, *args):
+            if os.environ['RANK'] == '1':
+                os.kill(os.getpid(), signal.SIGKILL)
+            update(self, *args)
+
+        Training.update = update_or_die
+
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
+    ranks = [Fork(tmp_path / str(rank), *TINY, '--epochs', 1, prepare=kill_one, RANK=rank, LOCAL_RANK=rank,
+                  WORLD_SIZE=2, MASTER_ADDR='localhost', MASTER_PORT=port) for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [1, -signal.SIGKILL]
+    line, = ranks[0].stderr.read_text().splitlines()
+    assert line.startswith('error: process 0 of 2: another process of the run has ended (')
 
 
 def test_three_ranks_continue_bit_for_bit(tmp_path):
@@ -172,7 +215,7 @@ def test_launched_as(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    assert utils.launched_as() == expected
+    assert rendezvous.launched_as() == expected
 
 
 def test_address_from_slurm(monkeypatch, tmp_path):
@@ -183,10 +226,10 @@ def test_address_from_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv('SLURM_JOB_ID', '123')
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(utils.UserError, match=r'node\[07-09\]: set MASTER_ADDR'):
-        utils._address_from_slurm()
+        rendezvous._address_from_slurm()
     (tmp_path / 'scontrol').write_text('#!/bin/sh\necho node07; echo node08; echo node09\n')
     (tmp_path / 'scontrol').chmod(0o755)
-    utils._address_from_slurm()
+    rendezvous._address_from_slurm()
     assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == ('node07', '10123')
 
 
@@ -202,13 +245,13 @@ def test_other_ranks_leave_a_mistake_to_rank_0(monkeypatch, capsys):
 def test_the_gpu_of_a_process(monkeypatch, local_rank, visible, index):
     """A launcher may show each process its own GPU alone, which then is number 0."""
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: visible)
-    assert utils._gpu_of(local_rank, 4) == index
+    assert rendezvous._gpu_of(local_rank, 4) == index
 
 
 def test_too_few_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(utils.UserError, match='4 processes on a node with 2 GPUs'):
-        utils._gpu_of(2, 4)
+        rendezvous._gpu_of(2, 4)
 
 
 def test_a_single_process_uses_the_gpu_that_it_is_told(monkeypatch):
@@ -216,5 +259,5 @@ def test_a_single_process_uses_the_gpu_that_it_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
     for name in ('RANK', 'WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)
-    device, ranks = utils.init_distributed('cuda:1', 1, 'env://')
+    device, ranks = rendezvous.init_distributed('cuda:1', 1, 'env://')
     assert device == torch.device('cuda:1') and chosen == [device] and ranks == (0, 1)

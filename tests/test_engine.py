@@ -20,8 +20,9 @@ from training import data, networks
 from training.data import Mixing
 from training.optimizer import OptimizerConfig
 from training.schedule import ScheduleConfig
+from training.signals import StopRequest
 from training.state import Averaging, Training, build_training
-from utils import DivergedError, MetricLogger, SmoothedValue, StopRequest
+from utils import DivergedError, MetricLogger, SmoothedValue
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 CPU = torch.device('cpu')

@@ -190,6 +190,23 @@ def photographs(tmp_path_factory):
 
 
 @pytest.mark.whole_run
+def test_a_run_without_tensorboard(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(('tensorboard.', 'torch.utils.tensorboard'))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'tensorboard', None)
+    assert run(*TINY, '--epochs', 1, '--batch-size', 512, '--output_dir', tmp_path) == 0
+    assert capsys.readouterr().out.count('TensorBoard is not installed, the run writes no events') == 1
+    assert (tmp_path / 'log.txt').exists() and not (tmp_path / 'tensorboard').exists()
+
+
+def test_more_gpus_than_there_are(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert run('--device', 'cuda:2') == 2
+    assert '--device cuda:2: PyTorch finds 2 CUDA GPUs here, the first is cuda:0' in capsys.readouterr().err
+
+
+@pytest.mark.whole_run
 def test_the_published_commands(photographs, tmp_path, capsys):
     """As in the published README but for paths, --device, --teacher-path and the sizes."""
     torch.manual_seed(0)
@@ -246,6 +263,10 @@ def test_augmentation_flags_of_photographs(photographs, tmp_path):
     ('--eval', '--eval needs --resume'),
     ('--amp fp16 --device cpu', '--amp fp16 needs a GPU'),
     ('--device abacus', '--device abacus is unknown'),
+    ('--device mps', '--device mps: PyTorch finds no such device here'),
+    ('--device xpu', '--device xpu: PyTorch finds no such device here'),
+    ('--device meta', '--device meta: PyTorch finds no such device here'),
+    ('--device cuda:9', '--device cuda:9: PyTorch finds'),
     ('--data-set CIFAR', '--data-set CIFAR needs --data-path'),
     ('--data-set CIFAR11', 'invalid choice'),
     ('--batch-size 0', '--batch-size 0: choose a value of at least 1'),
@@ -270,6 +291,7 @@ def test_augmentation_flags_of_photographs(photographs, tmp_path):
     ('--model-kwargs num_heads=0', 'cannot be built'),
     ('--model-kwargs patch_size=32 --input-size 16', 'does not divide the image size (16, 16)'),
     ('--output_dir here.pth', '--output_dir here.pth cannot be written'),
+    ('--model-kwargs in_chans=1', '--model-kwargs in_chans=1: images of all data sets come with 3 channels'),
     ('--model-kwargs bits=3', '--model-kwargs bits is no option that a checkpoint could describe'),
     ('--model-kwargs checkpoint_path=here.pth', '--model-kwargs checkpoint_path is no option'),
     ('--model-kwargs embed_dim=50', 'cannot be built (embed_dim 50 is not a multiple of num_heads 3)'),

@@ -46,6 +46,9 @@ def _check_model(args: Namespace) -> None:
     for name in args.model_kwargs:
         _require(name in OPTIONS, f'--model-kwargs {name} is no option that a checkpoint could describe: '
                                   f'{closest(name, OPTIONS)}')
+    channels = args.model_kwargs.get('in_chans', 3)
+    _require(channels == 3, f'--model-kwargs in_chans={channels}: images of all data sets come with 3 channels, leave '
+                            'it out')
     frequencies = args.oscillation_freezing or []
     _require(len(frequencies) <= 2, f'--oscillation-freezing {" ".join(map(str, frequencies))}: choose one value '
                                     'between 0 and 1, or two')
@@ -54,13 +57,27 @@ def _check_model(args: Namespace) -> None:
 def _check_device(args: Namespace) -> None:
     cuda = torch.cuda.is_available()
     try:
-        kind = torch.device(args.device or ('cuda' if cuda else 'cpu')).type
+        device = torch.device(args.device or ('cuda' if cuda else 'cpu'))
     except RuntimeError as error:
         raise UserError(f'--device {args.device} is unknown: choose cuda or cpu') from error
+    kind = device.type
     _require(kind != 'cuda' or cuda, f'--device {args.device}: PyTorch finds no CUDA GPU here, choose cpu')
+    if kind == 'cuda' and device.index is not None:
+        gpus = torch.cuda.device_count()
+        _require(device.index < gpus, f'--device {args.device}: PyTorch finds {gpus} CUDA GPUs here, the first is '
+                                      'cuda:0')
+    elif kind not in ('cuda', 'cpu'):
+        _require(_can_compute(device), f'--device {args.device}: PyTorch finds no such device here, choose cuda or cpu')
     _require(args.amp != 'fp16' or kind != 'cpu', '--amp fp16 needs a GPU: choose bf16 or none')
     _require(not args.native_kernels or kind == 'cpu', f'--native-kernels are for CPUs, not {kind}: leave it out, or '
                                                        'choose --device cpu')
+
+
+def _can_compute(device: torch.device) -> bool:
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except (AssertionError, NotImplementedError, RuntimeError):  # each backend has its own
+        return False
 
 
 def _check_files(args: Namespace) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from datasets import Augmentation, SeededSamples, build_dataset, build_transform
 from samplers import ExactEvalSampler, ResumableSampler, build_train_sampler
 from training.methods.soft_labels import StoredCrops, StoredLabels
-from utils import Ranks, UserError, outlive_signals
+from training.signals import outlive_signals
+from utils import Ranks, UserError
 
 __all__ = ['DataSource', 'Loading', 'Mixing', 'build_eval_dataset', 'build_eval_loader', 'build_mixup',
            'build_train_dataset', 'build_train_loader', 'calibration_images', 'first_batch_images', 'rank_0_first']

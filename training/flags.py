@@ -73,10 +73,10 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
 
 def _read(path: str) -> dict[Any, Any]:
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except OSError as error:
         raise UserError(f'--config {path}: {error.strerror}') from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f'--config {path} is not YAML: {" ".join(str(error).split())}') from error
     if not isinstance(config, dict):
         raise UserError(f'--config {path} is not a mapping of flags to values')

@@ -11,13 +11,12 @@ from typing import Any
 import timm
 import torch
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 from analysis.model_card import write_model_card
 from checkpoints.networks import ModelInfo
 from training.diagnostics import Diagnostics, warning_lines
 from training.state import Training
-from utils import MetricLogger, UserError
+from utils import MetricLogger, UserError, write_whole
 
 __all__ = ['RunRecord', 'describe_run', 'keep_log_before', 'write_args']
 
@@ -39,14 +38,13 @@ def describe_run(flags: Mapping[str, Any], device: torch.device) -> dict[str, An
 
 
 def write_args(run: Mapping[str, Any], folder: Path) -> None:
-    """Writes args.json, what `describe_run` gives, into the folder, which need not be there yet.
+    """Writes args.json, what `describe_run` gives, into the folder.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'args.json').write_text(json.dumps(run, indent=2) + '\n')
+        _write_text(folder / 'args.json', json.dumps(run, indent=2) + '\n')
     except OSError as error:
         raise UserError(f'--output_dir {folder} cannot be written ({error.strerror}): choose another') from error
 
@@ -56,11 +54,26 @@ def keep_log_before(path: Path, epoch: int) -> None:
     def is_kept(line: str) -> bool:
         try:
             return json.loads(line)['epoch'] < epoch
-        except ValueError:  # cut off when the earlier run was killed
+        except (KeyError, TypeError, ValueError):  # cut off when the earlier run was killed
             return False
 
     if path.is_file():
-        path.write_text(''.join(f'{line}\n' for line in path.read_text().splitlines() if is_kept(line)))
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+        _write_text(path, ''.join(f'{line}\n' for line in lines if is_kept(line)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda beside: beside.write_text(text, encoding='utf-8'))
+
+
+def _event_writer(folder: Path, purge_step: int) -> Any:
+    """TensorBoard's writer; None where it is not installed, which is said."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print('TensorBoard is not installed, the run writes no events (pip install tensorboard)')
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 class RunRecord:
@@ -83,7 +96,7 @@ class RunRecord:
         self.folder, self.training, self.info, self.dataset = folder, training, info, dataset
         self.batches, self.images_per_batch, self.flags, self.defaults = batches, images_per_batch, flags, defaults
         keep_log_before(folder / 'log.txt', training.epoch)
-        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=self._batches_so_far + 1)
+        self.writer = _event_writer(folder / 'tensorboard', self._batches_so_far + 1)
         images = [dataset[index][0] for index in range(min(DIAGNOSED_IMAGES, len(dataset)))]
         self.diagnostics = Diagnostics(training.model, torch.stack(images).to(training.device), training.methods)
 
@@ -95,8 +108,8 @@ class RunRecord:
         """Records what a log line says."""
         at, seconds = self._batches_so_far, statistics.median(logger.batch_time.recent)
         for name, meter in logger.meters.items():
-            self.writer.add_scalar(f'train/{name}', meter.last, at)
-        self.writer.add_scalar('train/images_per_second', self.images_per_batch / max(seconds, 1e-9), at)
+            self._add(f'train/{name}', meter.last, at)
+        self._add('train/images_per_second', self.images_per_batch / max(seconds, 1e-9), at)
 
     def epoch(self, train_stats: dict[str, float], test_stats: dict[str, float], progress: float) -> None:
         """Records the epoch that ends, and warns of what goes wrong in the quantizers.
@@ -113,17 +126,23 @@ class RunRecord:
 
     def _write_log(self, stats: dict[str, float]) -> None:
         entry = stats | {'epoch': self.training.epoch, 'n_parameters': self.training.n_parameters}
-        with (self.folder / 'log.txt').open('a') as log:
-            log.write(json.dumps(entry) + '\n')
+        path = self.folder / 'log.txt'
+        before = path.read_text(encoding='utf-8') if path.is_file() else ''
+        _write_text(path, f'{before}{json.dumps(entry)}\n')  # whole: a run may be killed at any time
 
     def _write_tensorboard(self, test_stats: dict[str, float], quantizers: dict[str, dict[str, float]]) -> None:
         for name, value in test_stats.items():
             kind, _, key = name.rpartition('_')
-            self.writer.add_scalar(f'{kind}/{key}', value, self._batches_so_far)
+            self._add(f'{kind}/{key}', value, self._batches_so_far)
         for name, entry in quantizers.items():
             for what, value in entry.items():
-                self.writer.add_scalar(f'{what}/{name}', value, self._batches_so_far)
-        self.writer.flush()
+                self._add(f'{what}/{name}', value, self._batches_so_far)
+        if self.writer is not None:
+            self.writer.flush()
+
+    def _add(self, name: str, value: float, at: int) -> None:
+        if self.writer is not None:
+            self.writer.add_scalar(name, value, at)
 
     def model_card(self) -> None:
         """Writes the card of best_checkpoint.pth by what is recorded so far."""

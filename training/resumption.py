@@ -27,12 +27,13 @@ class Position:
 
 
 def resume(training: Training, checkpoint: dict[str, Any], position: Position, optimizer: OptimizerConfig,
-           schedule: ScheduleConfig, ranks: Ranks, batches: int) -> list[str]:
+           schedule: ScheduleConfig, ranks: Ranks, batches: int, native_kernels: bool | None = None) -> list[str]:
     """Continues from a checkpoint, whose network must have been loaded: takes what it says of the rest of the state.
 
     Args:
         position, optimizer, schedule: those of this run, to be compared with what the checkpoint says of its own.
         batches: how many an epoch of this run has.
+        native_kernels: whether its quantizers run in C++; None for either.
 
     Returns:
         What could not be taken, a line each.
@@ -45,7 +46,8 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
     is_own = 'qvit' in checkpoint
     other_optimizer = _changed({'opt': optimizer.opt}, saved) if is_own else FOREIGN
     other_schedule = _changed(asdict(schedule), saved) if is_own else FOREIGN
-    return [*_resume_position(training, checkpoint, _changed(asdict(position), saved)),
+    return [*_resume_position(training, checkpoint, _changed(asdict(position), saved), ranks, batches),
+            *_resume_kernels(native_kernels, saved),
             *_resume_optimizer(training, checkpoint.get('optimizer'), other_optimizer),
             *_resume_schedule(training, other_schedule, batches),
             *_resume_scaler(training, checkpoint.get('scaler')),
@@ -55,9 +57,10 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
 
 
 def resume_and_say(path: str, training: Training, checkpoint: dict[str, Any], position: Position,
-                   optimizer: OptimizerConfig, schedule: ScheduleConfig, ranks: Ranks, batches: int) -> None:
+                   optimizer: OptimizerConfig, schedule: ScheduleConfig, ranks: Ranks, batches: int,
+                   native_kernels: bool | None = None) -> None:
     """`resume` from the checkpoint of that path; says what could not be taken, and where the run goes on."""
-    for note in resume(training, checkpoint, position, optimizer, schedule, ranks, batches):
+    for note in resume(training, checkpoint, position, optimizer, schedule, ranks, batches, native_kernels):
         print(f'{path}: {note}')
     if training.epoch >= schedule.epochs + schedule.cooldown_epochs:
         print(f'{path}: all {training.epoch} epochs are done, a larger --epochs would go on')
@@ -71,14 +74,32 @@ def _changed(flags: dict[str, Any], saved: dict[str, Any]) -> list[str]:
             if saved.get(name) != value and not (name not in saved and value is False)]
 
 
-def _resume_position(training: Training, checkpoint: dict[str, Any], changed: list[str]) -> list[str]:
+def _resume_position(training: Training, checkpoint: dict[str, Any], changed: list[str], ranks: Ranks,
+                     batches: int) -> list[str]:
     training.batches_done = checkpoint.get('step', 0)
     training.epoch = checkpoint.get('epoch', -1) + (training.batches_done == 0)
     training.max_accuracy = checkpoint.get('max_accuracy', training.max_accuracy)
-    if training.batches_done and changed:
+    within = checkpoint.get('within_epoch')
+    # Where only the evaluation is due, other ranks would take up no batch in the middle.
+    if within and training.batches_done == within['batches'] and changed in ([], ['--world-size']):
+        training.batches_done = batches
+    elif training.batches_done and changed:
         raise UserError(f'the checkpoint lies within epoch {training.epoch}, which continues only with the same '
                         f'{", ".join(changed)}: pass these as before')
+    if within:
+        training.skipped, training.meters = within['skipped'], _meters_of(within['meters'], ranks)
+    elif training.batches_done:
+        return [f'log: the averages of epoch {training.epoch} are not in the checkpoint, they start anew']
     return [] if 'epoch' in checkpoint else ['epoch: not in the checkpoint, training starts with epoch 0']
+
+
+def _meters_of(saved: list[dict[str, list[float]]], ranks: Ranks) -> dict[str, tuple[float, int]]:
+    """A rank's own sums; where the ranks were others, rank 0 has those of all."""
+    if len(saved) == ranks.world_size:
+        return {name: (total, count) for name, (total, count) in saved[ranks.rank].items()}
+    share = ranks.rank == 0
+    return {name: (sum(meters[name][0] for meters in saved) * share, sum(meters[name][1] for meters in saved) * share)
+            for name in saved[0]}
 
 
 def _resume_optimizer(training: Training, state: dict[str, Any] | None, misfits: list[str]) -> list[str]:
@@ -103,6 +124,15 @@ def _resume_schedule(training: Training, misfits: list[str], batches: int) -> li
         return []
     return [f'lr_scheduler: not taken ({", ".join(misfits)}), the learning rate follows from the epoch and the flags '
             'of this run']
+
+
+def _resume_kernels(native: bool | None, saved: dict[str, Any]) -> list[str]:
+    before = saved.get('native_kernels')
+    if native is None or before is None or bool(before) == native:
+        return []
+    names = {True: 'C++ kernels', False: 'plain PyTorch'}
+    return [f'native_kernels: the run had its quantizers in {names[bool(before)]} and goes on in {names[native]}, not '
+            'bit for bit as if never interrupted']
 
 
 def _resume_scaler(training: Training, state: dict[str, Any] | None) -> list[str]:

@@ -15,7 +15,7 @@ from checkpoints.networks import ModelInfo
 from training.methods import Method
 from training.optimizer import OptimizerConfig, build_optimizer
 from training.schedule import Schedule, ScheduleConfig
-from utils import DivergedError, rng_states
+from utils import DivergedError, from_all_ranks, rng_states
 
 # The loss scale is halved at each skipped update: after so many in a row it is below any that helps.
 MOST_SKIPPED = 50
@@ -44,6 +44,7 @@ class Training:
         max_accuracy: best top-1 so far, in percent; below 0 before the first evaluation.
         progress: share of the run that is done, in [0, 1], for what changes by the update.
         skipped: updates of this epoch that were skipped because gradients overflowed in half precision.
+        meters: what the log says of this epoch's batches so far, as sums over those of this rank.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Training:
     max_accuracy: float = -1.
     progress: float = field(default=0., init=False)
     skipped: int = field(default=0, init=False)
+    meters: dict[str, tuple[float, int]] = field(default_factory=dict, init=False)
     _skipped_in_a_row: int = field(default=0, init=False)
 
     @property
@@ -114,15 +116,16 @@ class Training:
         return is_best
 
     def end_epoch(self) -> None:
-        self.epoch, self.batches_done, self.skipped = self.epoch + 1, 0, 0
+        self.epoch, self.batches_done, self.skipped, self.meters = self.epoch + 1, 0, 0, {}
         self.schedule.begin_epoch(self.epoch)
 
-    def checkpoint(self, saved_args: object, info: ModelInfo) -> dict[str, Any]:
+    def checkpoint(self, saved_args: object, info: ModelInfo, batches: int | None = None) -> dict[str, Any]:
         """The file's contents. A collective.
 
         Args:
             saved_args: what the file is to say of the flags.
             info: the description of the network.
+            batches: how many an epoch has.
 
         Raises:
             DivergedError: a parameter is not finite; the checkpoint before is worth more than this one.
@@ -137,6 +140,9 @@ class Training:
                  'epoch': self.epoch if self.batches_done else self.epoch - 1,
                  'scaler': self.scaler.state_dict(), 'args': saved_args, 'qvit': info.to_dict(),
                  'step': self.batches_done, 'max_accuracy': self.max_accuracy, 'rng': rng_states(self.device)}
+        if self.batches_done:
+            meters = from_all_ranks({name: list(seen) for name, seen in self.meters.items()})
+            state['within_epoch'] = {'batches': batches, 'skipped': self.skipped, 'meters': meters}
         if self.ema is not None:
             state['model_ema'] = self.ema.module.state_dict()
         return state | {method.name: method.state_dict() for method in self.methods}
@@ -168,15 +174,16 @@ class CheckpointFolder:
 
     Attributes:
         is_writer: whether this rank writes them; the others take part in gathering the state.
-        saved_args, info: see `Training.checkpoint`.
+        saved_args, info, batches: see `Training.checkpoint`.
     """
     path: Path
     is_writer: bool
     saved_args: object
     info: ModelInfo
+    batches: int | None = None
 
     def save(self, training: Training, *names: str) -> None:
         """Writes the state of now under each of the names. A collective."""
-        state = training.checkpoint(self.saved_args, self.info)
+        state = training.checkpoint(self.saved_args, self.info, self.batches)
         for name in names if self.is_writer else ():
             write_checkpoint(state, self.path / name)

@@ -4,6 +4,7 @@ import argparse
 import builtins
 import os
 import pickle
+import resource
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint, write_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, open_network
-from utils import UserError
+from utils import RunError, UserError
 
 NAME = 'fourbits_deit_tiny_patch16_224'
 DISTILLED, PLAIN = 'deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224'
@@ -220,6 +221,19 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint({'epoch': 2}, path)
     monkeypatch.undo()
+    assert read_checkpoint(path)['epoch'] == 1 and os.listdir(tmp_path) == ['checkpoint.pth']
+
+
+def test_a_full_disk_leaves_the_old_file_and_one_line(tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    write_checkpoint({'epoch': 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=f'^{path} cannot be written .* make room$'):
+            write_checkpoint({'epoch': 2, 'model': torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_checkpoint(path)['epoch'] == 1 and os.listdir(tmp_path) == ['checkpoint.pth']
 
 

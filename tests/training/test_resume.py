@@ -48,6 +48,12 @@ def assert_same_run(folder, whole):
     assert ours == expected
 
 
+def assert_same_log(folder, whole):
+    """What was logged is the same in every figure, those of training included (the teacher is evaluated once a run)."""
+    logs = [[json.loads(line) for line in (f / 'log.txt').read_text().splitlines()] for f in (folder, whole)]
+    assert logs[0] == logs[1] and 'train_loss' in logs[0][0]
+
+
 @pytest.mark.parametrize(('name', 'workers'), [('0-0', 0), ('0-0', 2), ('1-0', 0), (f'1-{BATCHES}', 0)])
 def test_continues_after_an_epoch(flags, whole, tmp_path, name, workers):
     for file in ('log.txt', 'best_checkpoint.pth'):
@@ -79,6 +85,7 @@ def test_a_signal_ends_the_batch_and_the_run_continues_there(
     assert (state['epoch'], state['step']) == (epoch, batches)
     assert run(*flags, '--output_dir', tmp_path, '--resume', 'auto', '--num_workers', workers) == 0
     assert_same_run(tmp_path, whole)
+    assert_same_log(tmp_path, whole)
 
 
 def test_a_signal_during_evaluation(flags, whole, tmp_path, monkeypatch):
@@ -96,6 +103,7 @@ def test_a_signal_during_evaluation(flags, whole, tmp_path, monkeypatch):
     assert not (tmp_path / 'log.txt').exists()
     assert run(*flags, '--output_dir', tmp_path, '--resume', 'auto') == 0
     assert_same_run(tmp_path, whole)
+    assert_same_log(tmp_path, whole)
 
 
 @pytest.mark.processes

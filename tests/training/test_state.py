@@ -1,4 +1,7 @@
 """The state of a run: optimizers of the smallest interface, half precision that overflows, and rates after a resume."""
+from argparse import Namespace
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from training.optimizer import OptimizerConfig
 from training.resumption import Position, resume
 from training.schedule import ScheduleConfig
 from training.state import MOST_SKIPPED, Training, build_training
-from utils import DivergedError, Ranks
+from utils import DivergedError, Ranks, UserError
 
 CPU, INFO = torch.device('cpu'), ModelInfo('fourbits_deit_tiny_patch16_224')
 POSITION = Position(4, 1, 1, False, 0, 'DIGITS')
@@ -150,3 +153,65 @@ def test_options_of_another_library_do_not_come_with_its_state():
     assert resumed.optimizer.param_groups[0]['trust_clip'] is False
     assert resumed.optimizer.param_groups[0]['step'] == 1
     step(resumed)
+
+
+# --- a resume ---------------------------------------------------------------------------------------------------------
+
+
+def saved(training: Training, done: int, **flags) -> dict:
+    """A checkpoint of the run after `done` batches of epoch 1, which has 10."""
+    training.epoch, training.batches_done, training.skipped = 1, done, 3
+    training.meters = {'loss': (7.5, done), 'lr': (0.5, done)}
+    state = training.checkpoint(Namespace(**asdict(POSITION) | flags), INFO, BATCHES)
+    return state | {'rng': state['rng'] * flags.get('world_size', 1)}
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_where_only_the_evaluation_is_due_other_ranks_go_on(world_size):
+    config = OptimizerConfig('sgd', 0.1), ScheduleConfig(epochs=3, warmup_epochs=0)
+    state = saved(started(*config), BATCHES, world_size=2)
+    state['within_epoch']['meters'] *= 2
+    training = started(*config)
+    position = replace(POSITION, world_size=world_size)
+    resume(training, state, position, *config, Ranks(0, world_size), 20)
+    assert (training.epoch, training.batches_done, training.skipped) == (1, 20, 3)
+    times = 3 - world_size  # a single rank has the sums of both
+    assert training.meters == {'loss': (7.5 * times, BATCHES * times), 'lr': (0.5 * times, BATCHES * times)}
+    training.end_epoch()
+    assert training.meters == {} and 'within_epoch' not in training.checkpoint(None, INFO, 20)
+
+
+def test_other_ranks_cannot_take_up_an_epoch_in_the_middle():
+    config = OptimizerConfig('sgd', 0.1), ScheduleConfig(epochs=3, warmup_epochs=0)
+    state = saved(started(*config), BATCHES - 1, world_size=2)
+    with pytest.raises(UserError, match='within epoch 1, which continues only with the same --world-size'):
+        resume(started(*config), state, POSITION, *config, Ranks(0, 1), BATCHES)
+
+
+@pytest.mark.parametrize(('before', 'now', 'says'), [
+    (True, False, 'C++ kernels and goes on in plain PyTorch'),
+    (False, True, 'plain PyTorch and goes on in C++ kernels'), (True, True, None), (None, True, None)])
+def test_other_kernels_than_before_are_said(before, now, says):
+    config = OptimizerConfig('sgd', 0.1), ScheduleConfig(epochs=3, warmup_epochs=0)
+    state = saved(started(*config), 0, **{} if before is None else {'native_kernels': before})
+    notes = [note for note in resume(started(*config), state, POSITION, *config, Ranks(), BATCHES, native_kernels=now)
+             if note.startswith('native_kernels')]
+    assert len(notes) == (says is not None) and all(says in note for note in notes)
+
+
+@pytest.mark.parametrize('sched', ['cosine', 'tanh', 'step', 'poly'])
+def test_a_noisy_learning_rate_goes_on_as_uninterrupted(sched):
+    """The noise is drawn from the seed and the epoch, not from what was drawn before."""
+    config = OptimizerConfig('sgd', 0.1), ScheduleConfig(sched, 12, warmup_epochs=0, decay_epochs=3, scaled_lr=0.1,
+                                                         lr_noise=[0.2, 0.9])
+    whole, rates = started(*config, seed=5), []
+    for _ in range(12):
+        rates.append(whole.optimizer.param_groups[0]['lr'])
+        whole.end_epoch()
+    plain = started(config[0], replace(config[1], lr_noise=None), seed=5)
+    for epoch in range(12):
+        resumed = started(*config, seed=5)
+        resumed.schedule.continue_within(epoch, 0.5)
+        assert resumed.optimizer.param_groups[0]['lr'] == rates[epoch]
+        plain.schedule.begin_epoch(epoch)
+        assert (plain.optimizer.param_groups[0]['lr'] == rates[epoch]) == (not 4 <= epoch <= 11), epoch

@@ -30,7 +30,7 @@ from torchvision.transforms import functional
 
 from datasets import normalized
 from losses import SoftLabels
-from utils import UserError, write_whole
+from utils import RunError, UserError, write_whole
 
 __all__ = ['StoredCrops', 'StoredLabels', 'fingerprint', 'raw_image', 'take_crop', 'top_k']
 
@@ -95,7 +95,10 @@ class StoredLabels:
     def write(self, path: str | Path) -> None:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         metadata = {'format': FORMAT, **self.origin}
-        write_whole(path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata))
+        try:
+            write_whole(path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise RunError(f'{path} cannot be written ({" ".join(str(error).split())})') from error
 
     @classmethod
     def read(cls, path: str | Path) -> StoredLabels:
