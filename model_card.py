@@ -13,18 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.model_card import write_model_card
+from checkpoints.entries import check_entries
 from checkpoints.files import read_checkpoint
 from checkpoints.networks import open_checkpoint
 from main import parse_args
-from utils import UserError, report
+from training.flags import positive_int
+from utils import Parser, UserError, report
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('checkpoint', type=Path, help="a file that main.py wrote, as an output folder's "
                                                       'best_checkpoint.pth')
-    parser.add_argument('--images', type=int, help='images that the accuracies in log.txt were measured on')
+    parser.add_argument('--images', type=positive_int, help='images that the accuracies in log.txt were measured on')
     return parser
 
 
@@ -38,15 +39,16 @@ def write_card_of(path: Path, images: int | None) -> None:
     checkpoint = read_checkpoint(path)
     if 'qvit' not in checkpoint or not isinstance(checkpoint.get('args'), argparse.Namespace):
         raise UserError(f'{path} does not say what it holds and how it was trained: it was not written by main.py')
+    check_entries(checkpoint, str(path))
     opened = open_checkpoint(path, checkpoint)
     write_model_card(path.parent, opened.model, opened.info, vars(checkpoint['args']), vars(parse_args([])), images,
-                     path.name, checkpoint['epoch'])
+                     path.name, checkpoint.get('epoch'))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    args = get_args_parser().parse_args(argv)
     try:
+        args = get_args_parser().parse_args(argv)
         write_card_of(args.checkpoint, args.images)
     except (UserError, OSError) as error:  # OSError: its text names the folder that cannot be written
         report(error)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from checkpoints.entries import check_entries, check_moments
 from checkpoints.networks import load_quantized
 from training.methods.registry import METHODS
 from training.optimizer import OptimizerConfig
@@ -38,14 +39,15 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
         What could not be taken, a line each.
 
     Raises:
-        UserError: it was written within an epoch whose batches would be others now.
+        UserError: it was written within an epoch whose batches would be others now, or an entry of it is damaged.
     """
+    check_entries(checkpoint, 'the checkpoint')
     # A Namespace, where the file is of this project or of DeiT.
     saved = getattr(checkpoint.get('args'), '__dict__', {})
     is_own = 'qvit' in checkpoint
     other_optimizer = _changed({'opt': optimizer.opt}, saved) if is_own else FOREIGN
     other_schedule = _changed(asdict(schedule), saved) if is_own else FOREIGN
-    return [*_resume_position(training, checkpoint, _changed(asdict(position), saved)),
+    return [*_resume_position(training, checkpoint, _changed(asdict(position), saved), batches),
             *_resume_optimizer(training, checkpoint.get('optimizer'), other_optimizer),
             *_resume_schedule(training, other_schedule, batches),
             *_resume_scaler(training, checkpoint.get('scaler')),
@@ -71,13 +73,16 @@ def _changed(flags: dict[str, Any], saved: dict[str, Any]) -> list[str]:
             if saved.get(name) != value and not (name not in saved and value is False)]
 
 
-def _resume_position(training: Training, checkpoint: dict[str, Any], changed: list[str]) -> list[str]:
+def _resume_position(training: Training, checkpoint: dict[str, Any], changed: list[str], batches: int) -> list[str]:
     training.batches_done = checkpoint.get('step', 0)
     training.epoch = checkpoint.get('epoch', -1) + (training.batches_done == 0)
     training.max_accuracy = checkpoint.get('max_accuracy', training.max_accuracy)
     if training.batches_done and changed:
         raise UserError(f'the checkpoint lies within epoch {training.epoch}, which continues only with the same '
                         f'{", ".join(changed)}: pass these as before')
+    if training.batches_done > batches:
+        raise UserError(f'the checkpoint has {training.batches_done} batches of its epoch done, an epoch has '
+                        f'{batches}: it is damaged, or of other data')
     return [] if 'epoch' in checkpoint else ['epoch: not in the checkpoint, training starts with epoch 0']
 
 
@@ -89,7 +94,10 @@ def _resume_optimizer(training: Training, state: dict[str, Any] | None, misfits:
     try:
         if state is None or misfits:
             raise ValueError(', '.join(misfits) or 'not in the checkpoint')
+        check_moments(training.optimizer, state, 'the checkpoint')
         training.optimizer.load_state_dict(state)
+    except UserError:
+        raise
     except (KeyError, ValueError) as error:
         return [f'optimizer: not taken ({" ".join(str(error).split())}), its moments start from zero']
     for group, values in zip(training.optimizer.param_groups, wanted, strict=True):
