@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
+from analysis.logs import parse_epoch
 from analysis.model_card import write_model_card
 from checkpoints.networks import ModelInfo
 from training.diagnostics import Diagnostics, warning_lines
@@ -55,12 +56,12 @@ def keep_log_before(path: Path, epoch: int) -> None:
     """Drops the lines of log.txt from `epoch` on: a resumed run writes them again."""
     def is_kept(line: str) -> bool:
         try:
-            return json.loads(line)['epoch'] < epoch
+            return parse_epoch(line)['epoch'] < epoch
         except ValueError:  # cut off when the earlier run was killed
             return False
 
     if path.is_file():
-        path.write_text(''.join(f'{line}\n' for line in path.read_text().splitlines() if is_kept(line)))
+        path.write_text(''.join(f'{line}\n' for line in path.read_text(errors='replace').splitlines() if is_kept(line)))
 
 
 class RunRecord:
