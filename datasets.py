@@ -336,7 +336,7 @@ def _inat(is_train: bool, data_path: str | Path, transform: Callable, *, year: i
         # The archives' own layout, or that of DeiT, without the kingdom's folder: the first image tells.
         if not root.joinpath(*files[0]).is_file():
             files = [[top, category, name] for top, _, category, name in files]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f'{type(error).__name__}: {error}'
         raise UserError(
             f'the {year} annotations in {root} do not fit together ({reason}): fetch the JSON files again'

@@ -187,7 +187,7 @@ def checkpoint_bytes(rng: random.Random, folder: Path) -> tuple[str, Callable[[]
     """The bytes of a training checkpoint are damaged, or its archive is a forged one."""
     path, kind = folder / 'file.pth', rng.random()
     if kind < 0.05:
-        levels = rng.choice([100, 5000, 10 ** 6])
+        levels = rng.choice([100, 5000, 10 ** 5])
         data, said = _rezipped(sound(), nested_pickle(levels), 0), f'{levels} levels'
     elif kind < 0.08:
         bomb = b'\x80\x02}X\x05\x00\x00\x00model' + b'X' + (2 ** 31 - 1).to_bytes(4, 'little') + b'a' * 2 ** 20 + b's.'
