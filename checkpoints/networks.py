@@ -18,7 +18,7 @@ from checkpoints.building import check_described, create_network
 from checkpoints.descriptions import ModelInfo, check_registered
 from checkpoints.files import read_checkpoint
 from checkpoints.packed import is_packed, read_packed
-from checkpoints.states import check_steps, load_quantized, state_of
+from checkpoints.states import load_quantized, state_of
 from utils import UserError
 
 __all__ = ['ModelInfo', 'OpenedNetwork', 'create_network', 'load_quantized', 'network_info', 'open_checkpoint',
@@ -88,7 +88,6 @@ def network_info(path: str | Path, checkpoint: dict[str, Any], model: str | None
         info = ModelInfo.from_dict(checkpoint['qvit'], str(path))
         _check_agrees(path, info, model, model_kwargs or {}, input_size, what)
         check_described(info, state, str(path))
-        check_steps(state, str(path))
         return info
     if model is None:
         raise UserError(f'{path} does not say which network it holds: name it with {what}')

@@ -231,11 +231,11 @@ def read_packed(path: str | Path) -> PackedFile:
         raise UserError(f'{path}: altered, its checksum does not match: copy it or pack it again')
     info = ModelInfo.from_dict(header, str(path))
     _check_codes(path, header, tensors)
+    _check_values(path, tensors)
     packed = PackedFile(info, header['weights'], header['activations'], tensors)
     network = check_described(info, packed.shapes(), str(path))
     if network is not None:
         _check_bits(path, packed, network)
-    _check_values(path, tensors)
     return packed
 
 

@@ -345,3 +345,13 @@ def test_bits_behind_the_last_code_are_none(tmp_path):
         changed[-1] |= 1 << bit
         assert not _is_filled(changed, code)
     assert _is_filled(pack_codes(torch.zeros(8, dtype=torch.int32), 2), {'bits': 2, 'shape': [2, 4]})
+
+
+@pytest.mark.parametrize('value', [0., -1.])
+def test_every_reader_of_an_own_checkpoint_looks_at_its_steps(value, model):
+    entry = ModelInfo(NAME, SHAPE, 10, 32).to_dict()
+    state = model.state_dict() | {'head.alpha': torch.full((10,), value)}
+    for call in (lambda checkpoint: network_info('a.pth', checkpoint), lambda checkpoint: load_full_precision(
+            model, checkpoint)):
+        assert 'the quantizers of head.alpha have steps that are not positive' in refused(
+            call, {'model': state, 'qvit': entry})
