@@ -14,6 +14,7 @@ __all__ = ['FORMATS', 'images_of', 'load_image', 'subfolders']
 
 # Raster formats that Pillow decodes by itself. Of a file's other kinds some start another program: EPS Ghostscript.
 FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
+NARROWEST = 1000  # the longer side in units of the shorter one, which becomes as long as the network asks for
 _ORIENTATION = 0x0112  # of EXIF: how the camera was held
 _TURNED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -24,9 +25,13 @@ def load_image(path: str | Path) -> Image.Image:
     """The image as it is meant to be seen: upright, RGB, 8 bits.
 
     Raises:
+        UserError: it is so narrow that, resized to what networks take, it would need all memory there is.
         Exception: whatever opening or decoding the file raises; of a damaged file that can be nearly anything.
     """
     with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+        if max(image.size) > NARROWEST * min(image.size):
+            raise UserError(f'{path} has {image.width} x {image.height} pixels, one side more than {NARROWEST} times '
+                            'the other')
         turn = _TURNED.get(_orientation(image))
         if image.mode.startswith('I'):  # 16 bits, which Pillow would cut off at 255; older releases call them 32
             grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)

@@ -101,6 +101,8 @@ def read_picture(path: str | Path) -> Image.Image:
     """
     try:
         return load_image(path)
+    except UserError:
+        raise
     except Exception as error:  # decoders raise nearly anything on a damaged file
         if reason := fault(error):
             raise UserError(f'{path} cannot be read ({reason})') from error

@@ -39,6 +39,7 @@ def test_the_orientation_of_exif_is_applied_once(number, suffix, tmp_path):
     assert same(load_image(path), upright)
 
 
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
 def test_damaged_exif_leaves_the_pixels(tmp_path):
     picture().save(tmp_path / 'x.png', exif=b'Exif\x00\x00MM\x00*\xff\xff\xff\xff')
     assert same(load_image(tmp_path / 'x.png'), picture())
@@ -87,6 +88,16 @@ def test_what_is_no_file_is_refused_without_waiting(make, line, tmp_path):
         read_picture(tmp_path / 'x.png')
     with pytest.raises(UserError, match='x.png is not a readable image'):
         ImageList([(str(tmp_path / 'x.png'), 0)], ['x'], lambda image: image, False)[0]
+
+
+def test_images_that_are_next_to_a_line_are_refused(tmp_path):
+    """Resized so that the shorter side has 256 pixels, the longer one would have millions."""
+    for size in ((9000, 1), (1, 9000)):
+        Image.new('RGB', size).save(tmp_path / 'x.png')
+        with pytest.raises(UserError, match=f'x.png has {size[0]} x {size[1]} pixels, one side more than 1000 times'):
+            read_picture(tmp_path / 'x.png')
+    Image.new('RGB', (900, 1)).save(tmp_path / 'x.png')
+    assert load_image(tmp_path / 'x.png').size == (900, 1)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

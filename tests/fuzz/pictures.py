@@ -146,7 +146,7 @@ def folders(rng: random.Random, root: Path) -> tuple[str, Callable[[], object]]:
             new.mkdir(exist_ok=True)
             Image.new('RGB', (4, 4)).save(new / '0.png')
         elif what == 'deep':
-            at.joinpath(*['d'] * 300).mkdir(parents=True)
+            at.joinpath(*['d'] * 300).mkdir(parents=True, exist_ok=True)
         elif what == 'links':
             for number in range(12):
                 (at / f'l{number}').symlink_to(at)
