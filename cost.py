@@ -18,8 +18,10 @@ import torch.nn as nn
 
 from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
+from checkpoints.descriptions import check_option
 from checkpoints.networks import create_network, open_checkpoint, read_network
-from training.flags import image_size, positive_int
+from paths import check_file
+from training.flags import bits, class_count, image_size
 from utils import Parser, UserError, entry_point, key_value, write_whole
 
 
@@ -29,11 +31,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('--model', nargs='+', default=[], metavar='NAME', help='networks of the registry, quantized or full-precision')
     add('--input-size', '--img-size', type=image_size, help='image size, 224 unless the checkpoint says another')
-    add('--weight-bits', type=int, help="bits of the blocks' weights, instead of the variant's")
-    add('--act-bits', type=int, help="bits of the blocks' activations, instead of the variant's")
+    add('--weight-bits', type=bits, help="bits of the blocks' weights, instead of the variant's")
+    add('--act-bits', type=bits, help="bits of the blocks' activations, instead of the variant's")
     add('--model-kwargs', nargs='+', default=[], type=key_value, metavar='KEY=VALUE', help='as of main.py, e.g. '
         'irm=False')
-    add('--num-classes', type=positive_int, help='1000 unless the checkpoint says another')
+    add('--num-classes', type=class_count, help='1000 unless the checkpoint says another')
     add('--checkpoint', metavar='FILE', help='count the network of this file; one that does not say which needs '
                                              '--model')
     add('--packed', metavar='FILE', help="the network's packed file, for its real bytes")
@@ -57,14 +59,15 @@ def check_args(args: argparse.Namespace) -> None:
         if name in dict(args.model_kwargs):
             raise UserError(f'--model-kwargs {name}: the class count follows from the data set, the image size from '
                             '--input-size')
+    for name, value in args.model_kwargs:
+        check_option(name, value)
     if args.checkpoint is None and not args.model:
         raise UserError('nothing to count: name networks with --model, or give a --checkpoint')
     if args.packed is None:
         return
     if len(args.model) > 1 or args.per_layer or args.manifest or args.countings:
         raise UserError('--packed adds a column to the row of one network: name one, without another report')
-    if not os.path.isfile(args.packed):
-        raise UserError(f'--packed {args.packed}: no such file')
+    check_file(args.packed, f'--packed {args.packed}')
 
 
 def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
@@ -73,8 +76,8 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
     Raises:
         UserError: a network cannot be built, or a file does not hold the one that the flags say.
     """
-    bits = {name: getattr(args, name) for name in ('weight_bits', 'act_bits') if getattr(args, name) is not None}
-    kwargs = dict(args.model_kwargs) | bits
+    precision = {name: getattr(args, name) for name in ('weight_bits', 'act_bits') if getattr(args, name) is not None}
+    kwargs = dict(args.model_kwargs) | precision
     if args.checkpoint is None:
         return [(name, create_network(name, args.num_classes or 1000, args.input_size or 224, **kwargs))
                 for name in args.model]

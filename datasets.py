@@ -1,7 +1,5 @@
 """The data sets by name, their image transforms, and reproducible randomness for each sample."""
 
-import json
-import os
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,9 +17,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 
-from utils import UserError
+from image_files import images_of, load_image, subfolders
+from paths import parse_json, read_text
+from utils import UserError, printable
 
 __all__ = ['DATASETS', 'INAT_CATEGORIES', 'Augmentation', 'Digits', 'ImageList', 'SeededSamples', 'build_dataset',
            'build_transform', 'normalized']
@@ -32,6 +31,7 @@ _BICUBIC = transforms.InterpolationMode.BICUBIC
 # Up to this size images are taken whole: such data sets (CIFAR) have nothing to spare around the object.
 _SMALL = 32
 _MAX_UNREADABLE = 50
+LONGEST_NAME = 200  # of a class, in characters
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -82,7 +82,7 @@ class ImageList(Dataset):
         for offset in range(_MAX_UNREADABLE):
             path, label = self.samples[(index + offset) % len(self)]
             try:
-                image = pil_loader(path)
+                image = load_image(path)
             except Exception as error:  # decoders raise nearly anything on a damaged file
                 reason = ' '.join(f'{type(error).__name__}: {error}'.split())
             else:
@@ -90,7 +90,7 @@ class ImageList(Dataset):
             if not self.skip_unreadable:
                 raise UserError(f'{path} is not a readable image ({reason}): replace the file or remove it')
             self.skipped += 1
-            warnings.warn(f'skipped unreadable image number {self.skipped}: {path} ({reason})', stacklevel=2)
+            warnings.warn(printable(f'skipped unreadable image number {self.skipped}: {path} ({reason})'), stacklevel=2)
         raise UserError(f'{_MAX_UNREADABLE} images in a row are unreadable, up to {path} ({reason}): check the data')
 
 
@@ -261,9 +261,13 @@ def _existing(data_path: str | Path) -> Path:
 def _class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f'{folder} is missing: --data-path must hold train/ and val/ with one folder per class')
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names = subfolders(folder)
     if not names:
         raise UserError(f'{folder} has no class folders: put the images of each class into a folder of its own')
+    odd = [name for name in names if not name.isprintable() or len(name) > LONGEST_NAME]
+    if odd:  # a checkpoint, which names the classes, could not be read again
+        raise UserError(f'{folder} has a class folder {_some(odd)}: rename it, without control characters and to at '
+                        f'most {LONGEST_NAME} characters')
     return names
 
 
@@ -292,7 +296,9 @@ def _imnet(is_train: bool, data_path: str | Path, transform: Callable, *, num_cl
     folder = train if is_train else val
     classes = _class_folders(train) if is_train else _classes_of_val(train, val, num_classes)
     label_of = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(str(folder), label_of, extensions=IMG_EXTENSIONS, allow_empty=True)
+    # val/ need not have all classes.
+    samples = [(path, label) for name, label in label_of.items() if (folder / name).is_dir()
+               for path in images_of(folder / name)]
     if is_train:
         filled = {label for _, label in samples}
         empty = [str(train / name) for name, label in label_of.items() if label not in filled]
@@ -304,10 +310,9 @@ def _imnet(is_train: bool, data_path: str | Path, transform: Callable, *, num_cl
 
 
 def _read_json(path: Path) -> Any:
+    text = read_text(path, f'{path}, one of the iNaturalist annotations,')
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}): put the iNaturalist annotations there') from error
+        return parse_json(text)
     except ValueError as error:
         raise UserError(f'{path} is not valid JSON: fetch the file again') from error
 
@@ -331,7 +336,7 @@ def _inat(is_train: bool, data_path: str | Path, transform: Callable, *, year: i
         # The archives' own layout, or that of DeiT, without the kingdom's folder: the first image tells.
         if not root.joinpath(*files[0]).is_file():
             files = [[top, category, name] for top, _, category, name in files]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f'{type(error).__name__}: {error}'
         raise UserError(
             f'the {year} annotations in {root} do not fit together ({reason}): fetch the JSON files again'

@@ -33,7 +33,8 @@ from deployment.integer import IntegerViT
 from engine import evaluate
 from quant_vision_transformer import QVisionTransformer
 from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
-from utils import Parser, Ranks, UserError, entry_point, pick, readable
+from training.flags import crop_ratio, positive_int, workers
+from utils import Parser, Ranks, entry_point, pick, printable, readable
 
 
 def run_pack(args: Namespace) -> None:
@@ -43,12 +44,6 @@ def run_pack(args: Namespace) -> None:
 def run_inspect(args: Namespace) -> None:
     found = packing.inspect(args.file)
     print(json.dumps(found, indent=2) if args.json else packing.inspection_text(found))
-
-
-def check_positive(args: Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: choose a value of at least 1')
 
 
 def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
@@ -62,7 +57,6 @@ def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
 
 
 def run_eval(args: Namespace) -> None:
-    check_positive(args, 'batch_size', 'limit', 'print_freq')
     info, model, _ = predictor.open_quantized(args.file)
     loader = build_loader(args, info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
@@ -80,14 +74,13 @@ def run_eval(args: Namespace) -> None:
 
 
 def run_predict(args: Namespace) -> None:
-    check_positive(args, 'top')
     info, model, _ = predictor.open_quantized(args.packed)
     transform = build_transform(False, info.input_size, info.data_set or 'IMNET')
     names = predictor.class_names(info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
     for path in args.image:
         image = transform(predictor.read_picture(path)).to(args.device)
-        print(path)
+        print(printable(path))
         for probability, name in predictor.likeliest(predict, image, names, args.top):
             print(f'  {100 * probability:5.1f} %  {name}')
 
@@ -149,14 +142,16 @@ Images, crop and labels are those of main.py --eval.
     add('file', metavar='FILE', help='packed file, or a checkpoint')
     add('--checkpoint', metavar='FILE', help='also evaluate this one, and say how often the two agree')
     predictor.add_arguments(add)
-    add('--limit', type=int, metavar='N', help='N images, evenly spread')
-    add('--batch-size', default=64, type=int, help='as for main.py, which evaluates 1.5 times as many (default: 64)')
+    add('--limit', type=positive_int, metavar='N', help='N images, evenly spread')
+    add('--batch-size', default=64, type=positive_int,
+        help='as for main.py, which evaluates 1.5 times as many (default: 64)')
     add('--data-path', help='folder of the data set')
     add('--data-set', choices=DATASETS, help='that of the file unless given')
     add('--inat-category', default='name', help='(default: %(default)s)')
-    add('--eval-crop-ratio', default=0.875, type=float, help='(default: %(default)s)')
-    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=int, help='(here: %(default)s)')
-    add('--print-freq', default=10, type=int, help='batches between log lines (default: %(default)s)')
+    add('--eval-crop-ratio', default=0.875, type=crop_ratio, help='(default: %(default)s)')
+    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=workers,
+        help='(here: %(default)s)')
+    add('--print-freq', default=10, type=positive_int, help='batches between log lines (default: %(default)s)')
 
     add = command(run_predict, 'say what is in pictures', '''\
 The likeliest classes of each picture, with their probabilities.
@@ -164,7 +159,7 @@ The likeliest classes of each picture, with their probabilities.
   python deploy.py predict photo.jpg other.png --packed FILE --top 3''')
     add('image', nargs='+', metavar='IMAGE', help='picture file')
     add('--packed', required=True, metavar='FILE', help='packed file, or a checkpoint')
-    add('--top', default=5, type=int, metavar='K', help='how many classes to name (default: %(default)s)')
+    add('--top', default=5, type=positive_int, metavar='K', help='how many classes to name (default: %(default)s)')
     predictor.add_arguments(add)
 
     add = command(run_onnx, 'export a packed file to ONNX', '''\

@@ -83,8 +83,8 @@ def get_args_parser() -> ArgumentParser:
     group = parser.add_argument_group('optimizer and schedule')
     add = group.add_argument
     add('--opt', default='adamw', help="timm's name; fusedlamb is apex's, or timm's Lamb with the same update")
-    add('--opt-eps', type=float)
-    add('--opt-betas', type=float, nargs=2)
+    add('--opt-eps', type=flags.non_negative)
+    add('--opt-betas', type=flags.share, nargs=2)
     add('--clip-grad', type=flags.positive, help='largest norm of the gradient')
     add('--momentum', default=0.9, type=flags.non_negative)
     add('--weight-decay', default=0.05, type=flags.non_negative)
@@ -97,15 +97,15 @@ def get_args_parser() -> ArgumentParser:
     add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'))
     add('--sched-on-updates', action='store_true', help='change the learning rate at every update, not every epoch')
     add('--lr', default=5e-4, type=flags.positive, help='at 512 images per update; scaled in proportion to them')
-    add('--lr-noise', type=float, nargs='+')
-    add('--lr-noise-pct', default=0.67, type=float)
-    add('--lr-noise-std', default=1.0, type=float)
+    add('--lr-noise', type=flags.share, nargs='+')
+    add('--lr-noise-pct', default=0.67, type=flags.share_above_0)
+    add('--lr-noise-std', default=1.0, type=flags.non_negative)
     add('--warmup-lr', default=1e-6, type=flags.non_negative)
     add('--min-lr', default=1e-5, type=flags.non_negative)
     add('--decay-epochs', default=30, type=flags.positive)
     add('--warmup-epochs', default=5, type=flags.non_negative_int)
     add('--cooldown-epochs', default=0, type=flags.non_negative_int, help='epochs at the last rate, after --epochs')
-    add('--decay-rate', '--dr', default=0.1, type=float)
+    add('--decay-rate', '--dr', default=0.1, type=flags.exponent)
 
     group = parser.add_argument_group('augmentation and regularization')
     add = group.add_argument
@@ -117,10 +117,10 @@ def get_args_parser() -> ArgumentParser:
     add('--repeated-aug', default=True, action=BooleanOptionalAction)
     add('--reprob', default=0.25, type=flags.share, help='probability of random erasing')
     add('--remode', default='pixel')
-    add('--recount', default=1, type=flags.positive_int)
+    add('--recount', default=1, type=flags.few)
     add('--mixup', default=0., type=flags.non_negative)
     add('--cutmix', default=0., type=flags.non_negative)
-    add('--cutmix-minmax', type=float, nargs=2)
+    add('--cutmix-minmax', type=flags.share, nargs=2)
     add('--mixup-prob', default=1.0, type=flags.share)
     add('--mixup-switch-prob', default=0.5, type=flags.share)
     add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
@@ -157,8 +157,8 @@ def get_args_parser() -> ArgumentParser:
     add('--eval', action='store_true', help='only evaluate: --resume, or --finetune after calibration alone '
         '(post-training quantization; --output_dir gets the network as calibrated.pth)')
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
-    add('--eval-crop-ratio', default=0.875, type=flags.positive)
-    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=flags.non_negative_int)
+    add('--eval-crop-ratio', default=0.875, type=flags.crop_ratio)
+    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=flags.workers)
     add('--pin-mem', default=True, action=BooleanOptionalAction)
 
     group = parser.add_argument_group('run')
@@ -168,7 +168,7 @@ def get_args_parser() -> ArgumentParser:
         'quantized to more bits (4 -> 3 -> 2)')
     add('--resume', default='', metavar='FILE', help='checkpoint to continue; auto: that of --output_dir, if any')
     add('--start_epoch', '--start-epoch', default=0, type=flags.non_negative_int)
-    add('--seed', default=0, type=flags.non_negative_int)
+    add('--seed', default=0, type=flags.seed)
     add('--device', help='cuda where there is one, else cpu')
     add('--print-freq', default=10, type=flags.positive_int, help='batches between log lines')
     add('--world_size', '--world-size', default=1, type=flags.positive_int,
@@ -353,6 +353,8 @@ def train(args: Namespace, setting: Setting) -> None:
     dataset, dataset_val = build_datasets(args, ranks)
     loader, sampler = data.build_train_loader(dataset, loading, ranks, device)
     batches = len(sampler.sampler) // args.batch_size
+    if setting.checkpoint_info is not None:
+        networks.check_same_classes(args.resume, setting.checkpoint_info, utils.readable(dataset.classes))
 
     utils.seed_everything(args.seed)  # alike on all ranks
     model = build_student(args, setting, len(dataset.classes))

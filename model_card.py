@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.model_card import write_model_card
+from checkpoints.entries import check_entries
 from checkpoints.files import read_checkpoint
 from checkpoints.networks import open_checkpoint
 from main import parse_args
+from training.flags import positive_int
 from utils import Parser, UserError, entry_point
 
 
@@ -23,7 +25,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('checkpoint', type=Path, help="a file that main.py wrote, as an output folder's "
                                                       'best_checkpoint.pth')
-    parser.add_argument('--images', type=int, help='images that the accuracies in log.txt were measured on')
+    parser.add_argument('--images', type=positive_int, help='images that the accuracies in log.txt were measured on')
     return parser
 
 
@@ -37,16 +39,17 @@ def write_card_of(path: Path, images: int | None) -> None:
     checkpoint = read_checkpoint(path)
     if 'qvit' not in checkpoint or not isinstance(checkpoint.get('args'), argparse.Namespace):
         raise UserError(f'{path} does not say what it holds and how it was trained: it was not written by main.py')
+    check_entries(checkpoint, str(path))
     opened = open_checkpoint(path, checkpoint)
     write_model_card(path.parent, opened.model, opened.info, vars(checkpoint['args']), vars(parse_args([])), images,
-                     path.name, checkpoint['epoch'])
+                     path.name, checkpoint.get('epoch'))
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns its exit status."""
-    args = get_args_parser().parse_args(argv)
     try:
+        args = get_args_parser().parse_args(argv)
         write_card_of(args.checkpoint, args.images)
     except OSError as error:  # its text names the folder that cannot be written
         raise UserError(str(error)) from error

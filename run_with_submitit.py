@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import main as training
-from utils import UserError, entry_point
+from training.flags import few, positive_int
+from utils import Parser, UserError, entry_point
 
 
 class Job:
@@ -37,12 +38,11 @@ class Job:
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The flags of the job, and those of main.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument('--ngpus', default=8, type=int, help='GPUs, and processes, of a node')
-    parser.add_argument('--nodes', default=1, type=int)
-    parser.add_argument('--cpus-per-task', default=10, type=int)
-    parser.add_argument('--timeout', default=4320, type=int, help='minutes')
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--ngpus', default=8, type=few, help='GPUs, and processes, of a node')
+    parser.add_argument('--nodes', default=1, type=positive_int)
+    parser.add_argument('--cpus-per-task', default=10, type=few)
+    parser.add_argument('--timeout', default=4320, type=positive_int, help='minutes')
     parser.add_argument('--job_dir', default='slurm_job', type=Path, help='folder of checkpoints and logs')
     parser.add_argument('--job-name', default='q-vit')
     parser.add_argument('--partition')

@@ -23,7 +23,7 @@ from torchvision.transforms import RandomResizedCrop
 import utils
 from datasets import DATASETS, SeededSamples, build_dataset
 from models import Teacher
-from training.flags import non_negative_int, positive_int
+from training.flags import few, image_size, positive_int, seed, share, workers
 from training.methods.soft_labels import StoredLabels, fingerprint, raw_image, take_crop, top_k
 from training.networks import build_teacher
 from utils import UserError
@@ -102,15 +102,15 @@ def get_args_parser() -> utils.Parser:
     add('--data-set', choices=DATASETS, help='IMNET where there is a --data-path, else DIGITS')
     add('--teacher-model', help="timm's name")
     add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
-    add('--crops-per-image', type=positive_int, default=4)
+    add('--crops-per-image', type=few, default=4)
     add('--top-k', type=positive_int, default=10, help='classes to store of each crop')
-    add('--crop-scale', type=float, nargs=2, default=[0.08, 1.], help="smallest and largest share of an image's area")
-    add('--input-size', type=positive_int, default=224)
+    add('--crop-scale', type=share, nargs=2, default=[0.08, 1.], help="smallest and largest share of an image's area")
+    add('--input-size', type=image_size, default=224)
     add('--train-interpolation', choices=('bilinear', 'bicubic'), default='bicubic')
     add('--batch-size', type=positive_int, default=64, help='crops at a time')
-    add('--num_workers', '--num-workers', type=non_negative_int, default=min(10, os.cpu_count() or 1))
+    add('--num_workers', '--num-workers', type=workers, default=min(10, os.cpu_count() or 1))
     add('--device', choices=('cuda', 'cpu'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    add('--seed', type=non_negative_int, default=0)
+    add('--seed', type=seed, default=0)
     return parser
 
 

@@ -27,8 +27,16 @@ from torch import Tensor
 T = TypeVar('T')
 
 
+def printable(text: str) -> str:
+    """The text with its control characters escaped: names from files must not steer the terminal that shows them."""
+    return text if text.isprintable() else ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class UserError(ValueError):
     """A mistake of the user's: one line that names the value and what to do. Entry points exit with status 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class RunError(RuntimeError):
@@ -61,7 +69,8 @@ def speaks_for_run() -> bool:
 def report(error: BaseException) -> None:
     """One line on standard error for a mistake that ends the run, from one process of a distributed run."""
     # Errors of data-loading workers come with the worker's whole traceback, and the message as its last line.
-    line = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix('utils.UserError: ')
+    text = printable(str(error).strip() or type(error).__name__)
+    line = text.removesuffix(r'\n').rpartition(r'\nutils.UserError: ')[2]
     if _is_first_to_report():
         print(f'error: {line}', file=sys.stderr, flush=True)
 
@@ -133,7 +142,7 @@ def key_value(text: str) -> tuple[str, Any]:
         value = value.capitalize()
     try:
         return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (MemoryError, RecursionError, SyntaxError, ValueError):  # the first two: of brackets in thousands
         return key, value
 
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from _quan_base import is_calibrated
 from analysis import inspection
 from analysis.images import stacked, to_pictures
+from checkpoints.descriptions import check_option
 from checkpoints.networks import ModelInfo, open_network
 from datasets import DATASETS, ImageList, build_dataset, build_transform
-from training.flags import image_size, positive, positive_int
+from paths import check_file
+from training.flags import crop_ratio, image_size, positive_int
 from training.networks import build_teacher
 from utils import Parser, UserError, closest, entry_point, key_value
 
@@ -89,7 +91,7 @@ def _add_image_flags(parser: ArgumentParser, images: int) -> None:
     add('--inat-category', default='name', help='name, unless given')
     add('--num-images', type=positive_int, default=images,
         help=f'evaluation images to take, at equal distances through the data set (default: {images})')
-    add('--eval-crop-ratio', type=positive, default=0.875, help='0.875, unless given')
+    add('--eval-crop-ratio', type=crop_ratio, default=0.875, help='0.875, unless given')
 
 
 # --- networks and images ----------------------------------------------------------------------------------------------
@@ -104,11 +106,13 @@ def check_args(args: Namespace) -> None:
         if name in dict(args.model_kwargs):
             raise UserError(f'--model-kwargs {name}: the class count follows from the data set, the image size '
                             'from --input-size')
+    for name, value in args.model_kwargs:
+        check_option(name, value)
     if args.data_set not in (None, 'DIGITS') and not (args.data_path or args.images):
         raise UserError(f'--data-set {args.data_set} needs --data-path')
     for flag, path in (('--resume', args.resume), ('--teacher-path', args.teacher_path)):
-        if path and not path.startswith('https://') and not Path(path).is_file():
-            raise UserError(f'{flag} {path}: no such file')
+        if path and not path.startswith('https://'):
+            check_file(path, f'{flag} {path}')
 
 
 def load_networks(args: Namespace) -> tuple[dict[str, nn.Module], ModelInfo, str]:

@@ -4,7 +4,6 @@ Networks are the quantized ones of `quant_vision_transformer.py` and timm's visi
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from analysis.attention import Stages, attention_inputs, attention_probabilities, attentions
 from analysis.codes import CodeStatistics, Distribution, code_distribution, code_statistics, entropy
+from analysis.logs import parse_epoch
+from paths import read_text
 from quant_vision_transformer import QAttention
 from utils import UserError
 
@@ -207,21 +208,15 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
         UserError: there is no such file, or a line of it is not a JSON object with an epoch.
     """
     path = path / 'log.txt' if path.is_dir() else path
-    try:
-        lines = path.read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} cannot be read ({getattr(error, "strerror", None) or "no text"}): name the folder or '
-                        'the log.txt of a run') from error
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
-            record = json.loads(line)
-            records.append({**record, 'epoch': int(record['epoch'])})
-        except (KeyError, TypeError, ValueError) as error:
+            records.append(parse_epoch(line))
+        except ValueError as error:
             raise UserError(f'{path}, line {number} is no record of an epoch: name the log.txt of a run') from error
     if not records:
         raise UserError(f'{path} has no epochs yet')
-    names = dict.fromkeys(name for record in records for name, value in record.items() if type(value) in (int, float))
+    names = dict.fromkeys(name for record in records for name in record)
     return {name: np.array([record.get(name, math.nan) for record in records], dtype=float) for name in names}
 
 

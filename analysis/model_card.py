@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import torch.nn as nn
 
 from analysis.cost import summary
+from analysis.logs import parse_epoch
 from checkpoints.networks import ModelInfo
-from utils import UserError, write_whole
+from paths import parse_json
+from utils import UserError, printable, write_whole
 
 __all__ = ['write_model_card']
 
@@ -84,7 +87,7 @@ def _accuracies(log: list[dict[str, Any]], images: int | None, epoch: int | None
 
 def _accuracy(entry: dict[str, Any], prefix: str) -> dict[str, float] | None:
     """Top-1, top-5 (percent) and loss of a line of log.txt."""
-    if f'{prefix}_acc1' not in entry:
+    if not all(f'{prefix}_{what}' in entry for what in ('acc1', 'acc5', 'loss')):
         return None
     return {'top1': entry[f'{prefix}_acc1'], 'top5': entry[f'{prefix}_acc5'], 'loss': entry[f'{prefix}_loss']}
 
@@ -98,8 +101,8 @@ def _cost(model: nn.Module, info: ModelInfo) -> dict[str, Any] | None:
 
 def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
     """All flags, and what the run derived from them, without folders and addresses of the machine."""
-    names = {flag: Path(flags[flag]).name for flag in PATH_FLAGS if flags.get(flag)}
-    scheme = {'dist_url': f'{flags["dist_url"].partition("://")[0]}://'} if 'dist_url' in flags else {}
+    names = {flag: printable(Path(str(flags[flag])).name) for flag in PATH_FLAGS if flags.get(flag)}
+    scheme = {'dist_url': f'{str(flags["dist_url"]).partition("://")[0]}://'} if 'dist_url' in flags else {}
     return {'data_path': None} | flags | names | scheme
 
 
@@ -114,22 +117,25 @@ def _commands(checkpoint: str, data_set: str | None) -> dict[str, str]:
 def _log(path: Path) -> list[dict[str, Any]]:
     """The epochs of log.txt, none where there is none; a line that was cut off is left out."""
     entries = []
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in _lines(path):
+        with suppress(ValueError):
+            entries.append(parse_epoch(line))
     return entries
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else []
 
 
 def _record(path: Path) -> dict[str, Any]:
     """Versions and commit of args.json, None where there is no such file that can be read."""
-    try:
-        record = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    except ValueError:
-        record = {}
-    return {'versions': {name: record.get(name) for name in ('python', 'torch', 'timm', 'cuda', 'gpu')},
-            'git_commit': record.get('git_commit')}
+    record = {}
+    with suppress(ValueError):
+        record = parse_json('\n'.join(_lines(path)))
+    said = {name: printable(value) for name, value in record.items() if isinstance(value, str)
+            } if isinstance(record, dict) else {}
+    return {'versions': {name: said.get(name) for name in ('python', 'torch', 'timm', 'cuda', 'gpu')},
+            'git_commit': said.get('git_commit')}
 
 
 # --- how it reads -----------------------------------------------------------------------------------------------------
@@ -186,7 +192,8 @@ def _training(card: dict[str, Any]) -> str:
     versions = ', '.join(f'{name} {version}' for name, version in card['versions'].items() if version) or 'not recorded'
     path = card['data']['data_path']
     return (f'## Training\n\nData: {card["data"]["data_set"]}' + (f' (folder `{path}`)' if path else '')
-            + f'. Epochs: {card["epochs_done"] or "not recorded"} of {card["flags"]["epochs"]}. Versions: {versions}. '
+            + f'. Epochs: {card["epochs_done"] or "not recorded"} of {card["flags"].get("epochs", "not recorded")}. '
+            f'Versions: {versions}. '
             f'Commit: {card["git_commit"] or "not recorded"}.\n\nFlags that differ from the defaults, or that the run '
             f'settled (all of them: `model_card.json`):\n\n| flag | value |\n|---|---|\n{flags}').rstrip()
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import CONTENDERS, ON_CPU_ONLY, Spec, one_line, random_images
 from calibration.first_batch import calibrate
+from checkpoints.descriptions import shown
 from checkpoints.networks import ModelInfo, OpenedNetwork
 from checkpoints.packed import write_packed
 from deployment.integer import IntegerViT
@@ -47,6 +48,7 @@ __all__ = ['HELP', 'SUMMARY', 'Conditions', 'add_arguments', 'check_folders', 'm
            'write']
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST = 10 ** 6     # images of a batch, and timed forwards
 TURN = 5           # timed forwards in a row
 PAUSE = 0.05       # seconds between turns, in which idle threads of the last one go to sleep
 SUMMARY = 'measure speed and memory beside full precision'
@@ -94,6 +96,11 @@ class Conditions:
     def __post_init__(self) -> None:
         if min(self.threads, self.runs, *self.batch_sizes) < 1:
             raise UserError('--batch-sizes, --threads and --runs: choose values of at least 1')
+        most = max(64, 4 * (os.cpu_count() or 1))  # far more than help; the system refuses to start thousands
+        if self.threads > most:
+            raise UserError(f'--threads {shown(self.threads)}: choose a value of at most {most}')
+        if max(self.runs, *self.batch_sizes) > MOST:
+            raise UserError(f'--batch-sizes and --runs: choose values of at most {MOST}')
         if self.device == 'cuda' and not torch.cuda.is_available():
             raise UserError('--device cuda: PyTorch finds no GPU here')
         if not self.wanted:

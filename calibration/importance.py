@@ -20,7 +20,11 @@ UNKNOWN = 0.1
 
 
 def fisher_information(full: FullPrecision, images: Tensor, seed: int = 0) -> list[Tensor]:
-    """F behind every block, (3, dim, dim) float64: of the class token, of the distillation token, of a patch."""
+    """F behind every block, (3, dim, dim) float64: of the class token, of the distillation token, of a patch.
+
+    Raises:
+        ValueError: NaN or infinite values were met.
+    """
     generator, found = torch.Generator().manual_seed(seed), [0.] * full.depth
     for batch in images.split(16):
         x, outputs = full.embed(batch).requires_grad_(), []
@@ -29,6 +33,8 @@ def fisher_information(full: FullPrecision, images: Tensor, seed: int = 0) -> li
                 x = full.block(index, x)
                 outputs.append(x)
             logits = full.head(x)
+            if not torch.isfinite(logits).all():
+                raise ValueError('calibration met NaN or infinite values: check the images and the weights')
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(x.device)
             gradients = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction='sum'), outputs)
         for index, g in enumerate(gradients):

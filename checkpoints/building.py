@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from checkpoints.descriptions import ModelInfo, check_registered, check_sizes
-from checkpoints.states import check_fits, load_quantized
+from checkpoints.states import check_fits, check_steps, load_quantized
 from utils import UserError
 
 __all__ = ['build_described', 'check_described', 'create_network']
@@ -47,9 +47,11 @@ def check_described(info: ModelInfo, state: dict[str, Tensor], where: str) -> nn
         older releases read a value while they build, and then only the sizes that are described have been checked.
 
     Raises:
-        UserError: they differ; `where` begins the message where it is about the description.
+        UserError: they differ, or the quantizers have steps that cannot be; `where` begins the message where it is
+            about the description or the steps.
     """
     check_sizes(info, state, where)
+    check_steps(state, where)
     try:
         with torch.device('meta'):
             network = _create_described(info, where)

@@ -7,6 +7,7 @@ and sizes are those of the tensors in the same file. All of this is checked befo
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,12 +15,16 @@ from typing import Any, NamedTuple
 import timm
 from torch import Tensor
 
+from datasets import DATASETS
 from utils import UserError, closest
 
-__all__ = ['FORMAT_VERSION', 'ModelInfo', 'check_kwargs', 'check_registered', 'check_sizes', 'shown']
+__all__ = ['FORMAT_VERSION', 'LARGEST_IMAGE', 'MOST_CLASSES', 'ModelInfo', 'check_kwargs', 'check_option',
+           'check_registered', 'check_sizes', 'shown']
 
 FORMAT_VERSION = 1
 MOST_CLASSES, LARGEST_IMAGE = 10 ** 6, 4096
+_SHORT = reprlib.Repr()  # looks a few levels and entries far, however large a value is
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 class _Kind(NamedTuple):
@@ -72,14 +77,15 @@ _FIELDS = {  # of a description, beside its version, its model and its kwargs
     'input_size': _whole(1, LARGEST_IMAGE),
     'classes': _Kind(lambda value: value is None or isinstance(value, list) and all(map(_text, value)),
                      'a list of short names'),
-    'data_set': _Kind(lambda value: value is None or _text(value), 'a short name'),
+    'data_set': _Kind(lambda value: value is None or type(value) is str and value in DATASETS,
+                      f'one of {", ".join(DATASETS)}'),
 }
 
 
 def shown(value: Any) -> str:
     """The value for a message of one line."""
     try:
-        text = ' '.join(repr(value).split())
+        text = ' '.join(_SHORT.repr(value).split())
     except ValueError:  # whole numbers of thousands of digits have no text
         text = type(value).__name__
     return text if len(text) <= 60 else f'{text[:60]}...'
@@ -173,6 +179,17 @@ def check_kwargs(kwargs: Any, where: str) -> None:
             raise UserError(f'{where}: its description has the option {shown(name)}, which a file may not set')
         if value is not None:  # None leaves the registered value
             _check(name, value, OPTIONS[name], where)
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuses a value that --model-kwargs gives to an option and that no description could have.
+
+    Raises:
+        UserError: it is of another type, or out of bounds.
+    """
+    if value is not None and name in OPTIONS and not OPTIONS[name].accepts(value):
+        raise UserError(f'--model-kwargs {name}={shown(value)}: choose {OPTIONS[name].wanted}, others cannot be '
+                        'built')
 
 
 # --- against the tensors of the file ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from _quan_base import ActQ, named_quantizers
 from checkpoints.building import build_described
 from checkpoints.descriptions import ModelInfo
-from checkpoints.states import check_shapes, is_quantizer_entry, refuse, state_of
+from checkpoints.states import check_finite, check_shapes, is_quantizer_entry, refuse, state_of
 from utils import UserError
 
 __all__ = ['adapt_full_precision', 'load_full_precision']
@@ -85,6 +85,7 @@ def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor
         elif '.norm_q.' in name or '.norm_k.' in name:
             state.setdefault(name, value)
     check_shapes(state, own)
+    check_finite({name: value for name, value in state.items() if not is_quantizer_entry(name)})
     refuse([name for name in own if name not in state], [name for name in state if name not in own])
     return state, notes
 

@@ -27,6 +27,7 @@ from _quan_base import ActQ, code_range, is_calibrated, named_quantizers
 from checkpoints.building import build_described, check_described
 from checkpoints.descriptions import FORMAT_VERSION, ModelInfo, shown
 from checkpoints.states import some
+from paths import check_file, fault
 from utils import UserError, write_whole
 
 __all__ = ['PackedFile', 'Stored', 'is_packed', 'pack_codes', 'packed_layout', 'read_packed', 'unpack_codes',
@@ -189,6 +190,8 @@ def write_packed(model: nn.Module, info: ModelInfo, path: str | Path) -> PackedF
 
 def is_packed(path: str | Path) -> bool:
     """Whether the file calls itself a packed file; damage is found by `read_packed`."""
+    if not Path(path).is_file():  # opening a pipe would wait for a writer
+        return False
     try:
         with safetensors.safe_open(path, 'pt') as file:
             return ENTRY in (file.metadata() or {})
@@ -202,13 +205,14 @@ def read_packed(path: str | Path) -> PackedFile:
     Raises:
         UserError: it is missing, truncated, altered, not a packed file, or of a newer format.
     """
-    if not Path(path).is_file():
-        raise UserError(f'{path}: no such file')
+    check_file(path)
     try:
         with safetensors.safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors raises its own, and others for a damaged header
+        if reason := fault(error):
+            raise UserError(f'{path} cannot be read ({reason})') from error
         raise UserError(f'{path}: truncated or damaged, or not a safetensors file') from error
     if ENTRY not in metadata:
         raise UserError(f'{path}: not a packed Q-ViT file: make one with deploy.py pack')
@@ -227,6 +231,7 @@ def read_packed(path: str | Path) -> PackedFile:
         raise UserError(f'{path}: altered, its checksum does not match: copy it or pack it again')
     info = ModelInfo.from_dict(header, str(path))
     _check_codes(path, header, tensors)
+    _check_values(path, tensors)
     packed = PackedFile(info, header['weights'], header['activations'], tensors)
     network = check_described(info, packed.shapes(), str(path))
     if network is not None:
@@ -246,8 +251,20 @@ def _check_codes(path: str | Path, header: dict[str, Any], tensors: dict[str, Te
         wrong = [name for name, code in weights.items() if not _fits(name, code, tensors)]
         wrong += [name for name, act in activations.items() if not _fits_activation(name, act, tensors)]
         wrong += [name for name, value in tensors.items() if name not in weights and value.dtype != torch.float32]
+        wrong = wrong or [name for name, code in weights.items() if not _is_filled(tensors[name], code)]
     if wrong:
         raise _unfit(path, wrong)
+
+
+def _check_values(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Refuses numbers that no network computes with. Every step is one that divides, as `write_packed` writes it."""
+    values = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    damaged = [name for name, value in values.items() if not value.isfinite().all()]
+    if damaged:
+        raise UserError(f'{path}: NaN or infinite values in {some(damaged, 3)}: pack it again')
+    damaged = [name for name, value in values.items() if name.endswith('.alpha') and not (value > 0).all()]
+    if damaged:
+        raise UserError(f'{path}: steps that are not positive in {some(damaged, 3)}: pack it again')
 
 
 def _fits(name: str, code: Any, tensors: dict[str, Tensor]) -> bool:
@@ -260,6 +277,12 @@ def _fits(name: str, code: Any, tensors: dict[str, Tensor]) -> bool:
     return (len(numbers) in (3, 5) and all(type(number) is int and number > 0 for number in numbers)
             and 2 <= code['bits'] <= 8 and stream.dtype == torch.uint8
             and list(stream.shape) == [-(-math.prod(numbers) // 8)] and list(scale.shape) == code['shape'][:1])
+
+
+def _is_filled(stream: Tensor, code: dict[str, Any]) -> bool:
+    """Whether the bits behind the last code, up to the end of its byte, are 0 as `pack_codes` leaves them."""
+    used = math.prod([code['bits'], *code['shape']]) % 8
+    return used == 0 or int(stream[-1]) >> used == 0
 
 
 def _fits_activation(name: str, act: Any, tensors: dict[str, Tensor]) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from utils import UserError
 
-__all__ = ['check_fits', 'check_shapes', 'is_quantizer_entry', 'load_quantized', 'refuse', 'some', 'state_of']
+__all__ = ['check_fits', 'check_finite', 'check_shapes', 'check_steps', 'is_quantizer_entry', 'load_quantized',
+           'refuse', 'some', 'state_of']
 
 # Where files keep the weights: DeiT and this project, most others, DINO, and averaged weights by themselves.
 CONTAINERS = ('model', 'state_dict', 'teacher', 'student', 'model_ema', 'state_dict_ema')
@@ -86,10 +87,36 @@ def load_quantized(model: nn.Module, checkpoint: Mapping) -> None:
     """
     given = state_of(checkpoint)
     check_fits(given, model.state_dict())
-    damaged = [name for name, value in given.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    check_finite(given)
+    model.load_state_dict(given)
+
+
+def check_finite(state: dict[str, Tensor]) -> None:
+    """Refuses weights that no network computes with.
+
+    Raises:
+        UserError: some are not finite, or no real numbers.
+    """
+    damaged = [name for name, value in state.items() if value.is_complex()
+               or value.is_floating_point() and not torch.isfinite(value.float()).all()]
     if damaged:
         raise UserError(f'the checkpoint has NaN or infinite values in {some(damaged)}: take an earlier one')
-    model.load_state_dict(given)
+
+
+def check_steps(state: dict[str, Tensor], where: str) -> None:
+    """Refuses the quantizers of a file of this project whose steps are not positive: training keeps them so.
+
+    Released files are another matter: theirs may have become negative, and are used as the smallest step there is.
+
+    Raises:
+        UserError: `where` begins the message.
+    """
+    wrong = [name for name, value in state.items() if value.is_floating_point() and (
+        name.endswith('.alpha') and bool((value <= 0).any())
+        or name.endswith(('.init_state', '.signed')) and not bool(((value == 0) | (value == 1)).all()))]
+    if wrong:
+        raise UserError(f'{where}: the quantizers of {some(wrong, 3)} have steps that are not positive, or a state '
+                        'that there is not: it is damaged, take an earlier one')
 
 
 def check_fits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

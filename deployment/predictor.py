@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torchvision.datasets.folder import pil_loader
 
 from checkpoints.networks import ModelInfo, OpenedNetwork, open_network
 from deployment.integer import IntegerViT
+from image_files import load_image
+from paths import fault
 from quant_vision_transformer import QVisionTransformer
-from utils import UserError
+from utils import UserError, printable
 
 __all__ = ['ARITHMETICS', 'BACKENDS', 'NAMED_BY', 'TERMS', 'Predictor', 'add_arguments', 'build_predictor',
            'class_names', 'likeliest', 'open_quantized', 'read_picture']
@@ -88,7 +89,8 @@ def class_names(info: ModelInfo) -> list[str]:
         classes = imagenet.label_names()
     classes = classes or [f'class {index}' for index in range(info.num_classes)]
     known = set(imagenet.label_names())
-    return [f'{imagenet.label_name_to_description(name)} ({name})' if name in known else name for name in classes]
+    return [f'{imagenet.label_name_to_description(name)} ({name})' if name in known else printable(name)
+            for name in classes]
 
 
 def read_picture(path: str | Path) -> Image.Image:
@@ -98,8 +100,12 @@ def read_picture(path: str | Path) -> Image.Image:
         UserError: it cannot be decoded.
     """
     try:
-        return pil_loader(path)
+        return load_image(path)
+    except UserError:
+        raise
     except Exception as error:  # decoders raise nearly anything on a damaged file
+        if reason := fault(error):
+            raise UserError(f'{path} cannot be read ({reason})') from error
         raise UserError(f'{path} is not a readable image ({type(error).__name__})') from error
 
 

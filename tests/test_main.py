@@ -466,3 +466,9 @@ def test_submitit_is_optional(capsys, monkeypatch, tmp_path):
     assert 'unrecognized arguments: --epochz' in capsys.readouterr().err
     args, flags = run_with_submitit.parse_args(['--nodes', '2', '--epochs', '3', '--output_dir', 'x'])
     assert args.nodes == 2 and flags == ['--epochs', '3', '--output_dir', 'x']
+
+
+def test_numbers_of_a_job_are_checked(capsys):
+    for flags, line in ((['--nodes', '-1'], '--nodes -1: choose'), (['--ngpus', '99999'], '--ngpus 99999: choose')):
+        assert run_with_submitit.submit(flags) == 2
+        assert line in capsys.readouterr().err

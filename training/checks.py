@@ -3,13 +3,13 @@
 Types and ranges are checked where the flags are parsed.
 """
 
-import os
 from argparse import Namespace
 
 import timm
 import torch
 
-from checkpoints.descriptions import OPTIONS
+from checkpoints.descriptions import OPTIONS, check_option
+from paths import check_file
 from training.data import Mixing
 from training.optimizer import OptimizerConfig, check_optimizer
 from utils import UserError, closest, pick
@@ -46,6 +46,7 @@ def _check_model(args: Namespace) -> None:
     for name in args.model_kwargs:
         _require(name in OPTIONS, f'--model-kwargs {name} is no option that a checkpoint could describe: '
                                   f'{closest(name, OPTIONS)}')
+        check_option(name, args.model_kwargs[name])
     channels = args.model_kwargs.get('in_chans', 3)
     _require(channels == 3, f'--model-kwargs in_chans={channels}: images of all data sets come with 3 channels, leave '
                             'it out')
@@ -93,8 +94,8 @@ def _check_files(args: Namespace) -> None:
     _require(args.resume != 'auto' or bool(args.output_dir), '--resume auto looks into --output_dir: name it')
     for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path),
                        ('--soft-labels', args.soft_labels)):
-        _require(not path or path == 'auto' or path.startswith('https://') or os.path.isfile(path),
-                 f'{flag} {path}: no such file')
+        if path and path != 'auto' and not path.startswith('https://'):
+            check_file(path, f'{flag} {path}')
 
 
 def _check_teacher(args: Namespace) -> None:
@@ -118,6 +119,12 @@ def _check_teacher(args: Namespace) -> None:
 def _check_training(args: Namespace) -> None:
     _require(not (args.sched_on_updates and args.lr_noise), '--lr-noise is by epochs, --sched-on-updates by updates: '
              'choose one')
+    # The noise is drawn until it is within the limit: with a far larger deviation that would take for ever.
+    _require(args.lr_noise_std <= 1000 * args.lr_noise_pct, f'--lr-noise-std {args.lr_noise_std}: choose at most 1000 '
+             'times --lr-noise-pct')
+    _require(args.sched == 'poly' or args.decay_rate <= 1, f'--decay-rate {args.decay_rate}: choose at most 1')
+    _require(args.cutmix_minmax is None or args.cutmix_minmax[0] <= args.cutmix_minmax[1],
+             f'--cutmix-minmax {args.cutmix_minmax}: choose two rising values')
     _require(args.calibration in (None, 'published') or bool(args.finetune or args.resume),
              f'--calibration {args.calibration} fits to full-precision weights: name them with --finetune')
     if args.warmup_epochs >= args.epochs:

@@ -1,19 +1,22 @@
 """What the flags of main.py need besides argparse: types with a range, help with every default, files of --config."""
 
 import argparse
-import math
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from checkpoints.descriptions import LARGEST_IMAGE, MOST_CLASSES, shown
+from paths import read_text
 from utils import UserError, closest
 
-__all__ = ['HelpFormatter', 'config_flags', 'frequency', 'image_size', 'non_negative', 'non_negative_int', 'positive',
-           'positive_int', 'share']
+__all__ = ['HelpFormatter', 'bits', 'class_count', 'config_flags', 'crop_ratio', 'exponent', 'few', 'frequency',
+           'image_size', 'non_negative', 'non_negative_int', 'positive', 'positive_int', 'seed', 'share',
+           'share_above_0', 'workers']
 
 T = TypeVar('T', int, float)
+SMALLEST, LARGEST = 1e-30, 1e30  # of real numbers: single precision holds their squares no longer
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -36,18 +39,40 @@ def number(kind: Callable[[str], T], range_in_words: str, is_in_range: Callable[
     def read(text: str) -> T:
         value = kind(text)
         if not is_in_range(value):
-            raise argparse.ArgumentTypeError(f'{value}: choose {range_in_words}')
+            raise argparse.ArgumentTypeError(f'{shown(value)}: choose {range_in_words}')
         return value
 
     read.__name__ = kind.__name__  # argparse says 'invalid int value' by it
     return read
 
 
-positive_int = number(int, 'a value of at least 1', lambda value: value >= 1)
-non_negative_int = number(int, 'a value of at least 0', lambda value: value >= 0)
-image_size = number(int, 'a value above 0', lambda value: value > 0)
-non_negative = number(float, 'a value of at least 0', lambda value: value >= 0)
-positive = number(float, 'a value above 0', lambda value: 0 < value < math.inf)
+def within(low: int, high: int) -> Callable[[str], int]:
+    """A type for whole numbers that says which of its ends was passed."""
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{shown(value)}: choose a value of at ' + (
+                f'least {low}' if value < low else f'most {high}'))
+        return value
+
+    read.__name__ = 'int'
+    return read
+
+
+# The upper ends are far beyond what helps. They keep a slip of the keyboard from taking all memory or time there is.
+positive_int = within(1, 2 ** 31 - 1)
+non_negative_int = within(0, 2 ** 31 - 1)
+few = within(1, 1000)
+seed = within(0, 2 ** 62)
+workers = within(0, 1024)
+bits = within(2, 8)
+class_count = within(1, MOST_CLASSES)
+image_size = number(int, f'a value above 0 and up to {LARGEST_IMAGE}', lambda value: 0 < value <= LARGEST_IMAGE)
+non_negative = number(float, 'a value of at least 0', lambda value: 0 <= value <= LARGEST)
+positive = number(float, 'a value above 0', lambda value: SMALLEST <= value <= LARGEST)
+exponent = number(float, 'a value from 0 to 100', lambda value: 0 <= value <= 100)
+crop_ratio = number(float, 'a value above 0, from 0.05 to 1', lambda value: 0.05 <= value <= 1)
+share_above_0 = number(float, 'a value above 0 and up to 1', lambda value: SMALLEST <= value <= 1)
 share = number(float, 'a value from 0 to 1', lambda value: 0 <= value <= 1)
 frequency = number(float, 'one value between 0 and 1, or two', lambda value: 0 < value < 1)
 
@@ -64,23 +89,34 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
     flags = []
     for key, value in _read(path).items():
-        dest = str(key).replace('-', '_')
+        dest = key.replace('-', '_') if isinstance(key, str) else shown(key)
         if dest not in actions:
-            raise UserError(f'--config {path}: {key!r} is no flag, {closest(dest, actions)}')
+            raise UserError(f'--config {path}: {shown(key)} is no flag, {closest(dest, actions)}')
+        if not _is_value(value):
+            raise UserError(f'--config {path}: {dest} is {shown(value)}, which is no value of a flag')
         flags += _as_typed(actions[dest], value)
     return flags
 
 
 def _read(path: str) -> dict[Any, Any]:
+    if not os.path.lexists(path):
+        raise UserError(f'--config {path}: No such file or directory')
+    text = read_text(path, f'--config {path}')
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'--config {path}: {error.strerror}') from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f'--config {path} is not YAML: {" ".join(str(error).split())}') from error
+        config = yaml.safe_load(text)
+    # Of constructors: a number of thousands of digits, an impossible date, a key that is a list.
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f'--config {path} is not YAML: {" ".join(str(error).split())[:200]}') from error
     if not isinstance(config, dict):
         raise UserError(f'--config {path} is not a mapping of flags to values')
     return config
+
+
+def _is_value(value: Any) -> bool:
+    """Whether a flag can have it: a plain value, or a flat list or mapping of them."""
+    items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return all(item is None or isinstance(item, bool | float | str) or isinstance(item, int) and abs(item) < 10 ** 300
+               for item in items)
 
 
 def _as_typed(action: argparse.Action, value: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """The networks of a run: student, teacher, the loss that compares them, and what is called in training."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from calibration.first_batch import calibrate
 from calibration.reconstruction import Reconstruction, reconstruct
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
-from checkpoints.networks import create_network, load_quantized, network_info, state_of
+from checkpoints.networks import ModelInfo, create_network, load_quantized, network_info, state_of
 from losses import Distillation, DistillationLoss, check_dgd_compatible
 from models import Teacher
 from quant_vision_transformer import QVisionTransformer
@@ -26,7 +26,7 @@ from training.data import Mixing
 from utils import UserError, rng_states, set_rng_state
 
 __all__ = ['CALIBRATIONS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
-           'settle_buckets', 'settle_dgd_weight', 'wrap']
+           'check_same_classes', 'settle_buckets', 'settle_dgd_weight', 'wrap']
 
 CALIBRATIONS = {'published': 64, 'mse': 64, 'reconstruct': 1000}  # with the images that each takes unless told
 
@@ -63,6 +63,21 @@ def _create_with_dropout(name: str, num_classes: int, input_size: int, drop: flo
         if 'pos_drop_rate' not in str(error):
             raise
         return create_network(name, num_classes, input_size, drop_rate=drop, **options)  # not a vision transformer
+
+
+def check_same_classes(path: str, info: ModelInfo, classes: Sequence[str]) -> None:
+    """Refuses to go on with classes of other names, or in another order: each label would mean another class.
+
+    Args:
+        path: of the checkpoint that training continues from, which `info` describes.
+    """
+    if info.classes is None or len(info.classes) != len(classes):
+        return  # it does not say, or the heads have another size, which loading them says
+    changed = [(before, now) for before, now in zip(info.classes, classes, strict=True) if before != now]
+    if changed:
+        raise UserError(f'{path} was trained with class {changed[0][0]!r} where the data set has {changed[0][1]!r} '
+                        f'({len(changed)} of {len(classes)} classes differ): name the class folders as before, or '
+                        'start anew with --finetune')
 
 
 def calibrate_student(student: nn.Module, images: Tensor, calibration: str,

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch.utils.data import Dataset
 
+from analysis.logs import parse_epoch
 from analysis.model_card import write_model_card
 from checkpoints.networks import ModelInfo
 from training.diagnostics import Diagnostics, warning_lines
@@ -53,8 +54,8 @@ def keep_log_before(path: Path, epoch: int) -> None:
     """Drops the lines of log.txt from `epoch` on: a resumed run writes them again."""
     def is_kept(line: str) -> bool:
         try:
-            return json.loads(line)['epoch'] < epoch
-        except (KeyError, TypeError, ValueError):  # cut off when the earlier run was killed
+            return parse_epoch(line)['epoch'] < epoch
+        except ValueError:  # cut off when the earlier run was killed
             return False
 
     if path.is_file():

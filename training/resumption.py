@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from checkpoints.entries import check_entries, check_moments
 from checkpoints.networks import load_quantized
 from training.methods.registry import METHODS
 from training.optimizer import OptimizerConfig
@@ -39,8 +40,9 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
         What could not be taken, a line each.
 
     Raises:
-        UserError: it was written within an epoch whose batches would be others now.
+        UserError: it was written within an epoch whose batches would be others now, or an entry of it is damaged.
     """
+    check_entries(checkpoint, 'the checkpoint')
     # A Namespace, where the file is of this project or of DeiT.
     saved = getattr(checkpoint.get('args'), '__dict__', {})
     is_own = 'qvit' in checkpoint
@@ -86,6 +88,9 @@ def _resume_position(training: Training, checkpoint: dict[str, Any], changed: li
     elif training.batches_done and changed:
         raise UserError(f'the checkpoint lies within epoch {training.epoch}, which continues only with the same '
                         f'{", ".join(changed)}: pass these as before')
+    if training.batches_done > batches:
+        raise UserError(f'the checkpoint has {training.batches_done} batches of its epoch done, an epoch has '
+                        f'{batches}: it is damaged, or of other data')
     if within:
         training.skipped, training.meters = within['skipped'], _meters_of(within['meters'], ranks)
     elif training.batches_done:
@@ -110,7 +115,10 @@ def _resume_optimizer(training: Training, state: dict[str, Any] | None, misfits:
     try:
         if state is None or misfits:
             raise ValueError(', '.join(misfits) or 'not in the checkpoint')
+        check_moments(training.optimizer, state, 'the checkpoint')
         training.optimizer.load_state_dict(state)
+    except UserError:
+        raise
     except (KeyError, ValueError) as error:
         return [f'optimizer: not taken ({" ".join(str(error).split())}), its moments start from zero']
     for group, values in zip(training.optimizer.param_groups, wanted, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -192,3 +193,21 @@ def test_runs_are_told_apart_by_their_folders(tmp_path):
     assert list(read_logs([tmp_path / 'a/run', tmp_path / 'other/log.txt'])) == ['run', 'other']
     same = [tmp_path / 'a/run', tmp_path / 'b/run', tmp_path / 'a/run']
     assert list(read_logs(same)) == [str(tmp_path / 'a/run'), str(tmp_path / 'b/run')]
+
+
+def test_logs_of_any_kind(tmp_path):
+    for text in ('{"epoch": "0"}\n', '{"epoch": 1e400}\n', '{"epoch": ' + '9' * 5000 + '}\n', '[' * 10 ** 5,
+                 '{"epoch": null}\n', '{"epoch": -1}\n'):
+        (tmp_path / 'log.txt').write_text(text)
+        with pytest.raises(UserError, match='line 1 is no record'):
+            read_log(tmp_path)
+    (tmp_path / 'log.txt').write_text('{"epoch": 0, "a": 1, "b": "x", "c": [1], "d": 1' + '0' * 400 + ', "e": NaN}\n')
+    log = read_log(tmp_path)
+    assert set(log) == {'a', 'e', 'epoch'}
+    (tmp_path / 'log.txt').write_bytes(b'\xff')
+    with pytest.raises(UserError, match='no text'):
+        read_log(tmp_path)
+    (tmp_path / 'log.txt').unlink()
+    os.mkfifo(tmp_path / 'log.txt')
+    with pytest.raises(UserError, match='not a regular file'):
+        read_log(tmp_path)

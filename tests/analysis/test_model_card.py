@@ -118,3 +118,13 @@ def test_writing_draws_no_random_number(model, tmp_path):
     write(tmp_path, model)
     after = utils.rng_states(torch.device('cpu'))
     assert torch.equal(before[0].pop('torch'), after[0].pop('torch')) and before == after
+
+
+def test_damaged_logs_and_records_are_passed_over(model, tmp_path):
+    for record in ('[1]', '3', '[' * 10 ** 5, '{"torch": {"a": 1}, "git_commit": "\\u001b[2J"}', '{"python": 3}'):
+        (tmp_path / 'args.json').write_text(record)
+        (tmp_path / 'log.txt').write_bytes(b'[1]\n3\n{"epoch": "x"}\n\xff\n{"epoch": 0, "test_acc1": 5}\n'
+                                           b'{"epoch": 1, "test_acc1": "\\u001b", "test_acc5": [], "test_loss": {}}\n')
+        card, text = write(tmp_path, model, None)
+        assert card['accuracy']['test'] is None and text.replace('\n', '').isprintable()
+        assert card['versions'] == dict.fromkeys(('python', 'torch', 'timm', 'cuda', 'gpu'))

@@ -15,7 +15,7 @@ from calibration.first_batch import calibrate
 from checkpoints.descriptions import OPTIONS
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, network_info, open_network
-from checkpoints.packed import read_packed, write_packed
+from checkpoints.packed import _is_filled, pack_codes, read_packed, write_packed
 from quant_vision_transformer import QVisionTransformer
 from utils import UserError
 
@@ -315,3 +315,43 @@ def test_every_option_is_one_of_the_networks():
     """A misspelt entry of the list would let nothing through, or let through what timm hands on unread."""
     known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(QVisionTransformer).parameters}
     assert OPTIONS.keys() <= known
+
+
+def test_data_sets_are_those_that_there_are(forge):
+    for form in ('checkpoint', 'packed'):
+        assert 'IMNET, INAT' in refused(open_network, forge(form, changed(data_set='elsewhere')))
+
+
+# --- values of packed files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('line', 'change'), [
+    ('NaN or infinite values in norm.bias', lambda tensors: tensors['norm.bias'].fill_(torch.inf)),
+    ('steps that are not positive in head.alpha', lambda tensors: tensors['head.alpha'].fill_(0)),
+    ('steps that are not positive in head.act.alpha', lambda tensors: tensors['head.act.alpha'].neg_())])
+def test_numbers_that_no_network_computes_with(line, change, forge):
+    packed = read_packed(forge('packed', lambda header: header))
+    change(packed.tensors)
+    write_header(path := forge('packed', lambda header: header), packed.about, packed.tensors)
+    assert refused(read_packed, path) == f'{path}: {line}: pack it again'
+
+
+def test_bits_behind_the_last_code_are_none(tmp_path):
+    """3 x 3 codes of 3 bits fill 27 bits: the 5 that are left say nothing."""
+    stream, code = pack_codes(torch.zeros(9, dtype=torch.int32), 3), {'bits': 3, 'shape': [3, 3]}
+    assert _is_filled(stream, code)
+    for bit in range(3, 8):
+        changed = stream.clone()
+        changed[-1] |= 1 << bit
+        assert not _is_filled(changed, code)
+    assert _is_filled(pack_codes(torch.zeros(8, dtype=torch.int32), 2), {'bits': 2, 'shape': [2, 4]})
+
+
+@pytest.mark.parametrize('value', [0., -1.])
+def test_every_reader_of_an_own_checkpoint_looks_at_its_steps(value, model):
+    entry = ModelInfo(NAME, SHAPE, 10, 32).to_dict()
+    state = model.state_dict() | {'head.alpha': torch.full((10,), value)}
+    for call in (lambda checkpoint: network_info('a.pth', checkpoint), lambda checkpoint: load_full_precision(
+            model, checkpoint)):
+        assert 'the quantizers of head.alpha have steps that are not positive' in refused(
+            call, {'model': state, 'qvit': entry})

@@ -1,5 +1,6 @@
 """A run that was interrupted, however it was, ends with the same checkpoint as one that was not, bit for bit."""
 
+import copy
 import json
 import os
 import shutil
@@ -162,3 +163,18 @@ def test_continues_from_a_released_file_and_says_what_it_lacks(flags, whole, tmp
     logs = [json.loads((folder / 'log.txt').read_text().splitlines()[-1]) for folder in (tmp_path, whole)]
     assert [log['epoch'] for log in logs] == [2, 2]
     assert logs[0]['train_lr'] == pytest.approx(logs[1]['train_lr'])
+
+
+def test_other_classes_or_damaged_entries_are_refused_in_one_line(flags, whole, tmp_path, capsys):
+    path, state = tmp_path / 'checkpoint.pth', read_checkpoint(whole / '0-0.pth')
+    for change, line in ((lambda state: state['qvit']['classes'].reverse(), "was trained with class '9' where"),
+                         (lambda state: state.update(epoch='x'), "its entry epoch is 'x'"),
+                         (lambda state: state['rng'][0].pop('numpy'), 'its entry rng is'),
+                         (lambda state: state['optimizer']['state'][0]['exp_avg'].resize_(1), 'has exp_avg missing'),
+                         (lambda state: state.update(step=10 ** 6), 'batches of its epoch done')):
+        damaged = copy.deepcopy(state)
+        change(damaged)
+        torch.save(damaged, path)
+        assert run(*flags, '--output_dir', tmp_path, '--resume', 'auto') == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count('\n') == 1

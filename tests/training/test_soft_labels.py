@@ -16,7 +16,7 @@ from datasets import Augmentation, Digits, SeededSamples, build_transform
 from losses import Distillation, DistillationLoss, SoftLabels
 from models import Teacher
 from training.data import DataSource, build_train_dataset, calibration_images
-from training.methods.soft_labels import StoredCrops, StoredLabels, raw_image, take_crop, top_k
+from training.methods.soft_labels import StoredCrops, StoredLabels, fingerprint, raw_image, take_crop, top_k
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -169,3 +169,76 @@ def test_refused_in_one_line(flags, line, teacher_path, tmp_path, monkeypatch, c
     assert err.count('\n') == 1 and line in err
     assert soft_labels.main(['--output', 'x']) == 2
     assert 'name it with --teacher-model or --teacher-path' in capsys.readouterr().err
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------------
+
+
+def sound_labels() -> tuple[dict, dict]:
+    """Tensors and words of a file of two crops of each training digit."""
+    base = Digits(True, raw_image)
+    count = len(base)
+    tensors = {'boxes': torch.tensor([0, 0, 8, 8], dtype=torch.int32).repeat(count, 2, 1),
+               'flips': torch.zeros(count, 2, dtype=torch.bool),
+               'indices': torch.arange(3, dtype=torch.int32).repeat(count, 2, 1),
+               'values': torch.tensor([0.5, 0.3, 0.2]).half().repeat(count, 2, 1)}
+    return tensors, {'format': 'soft labels 1', 'input_size': '16', 'interpolation': 'bicubic',
+                     'fingerprint': fingerprint(base), 'teacher': 'deit\x1b[2J'}
+
+
+def test_a_sound_file_is_taken_and_its_teacher_is_shown_escaped(tmp_path, capsys):
+    tensors, words = sound_labels()
+    safetensors.torch.save_file(tensors, tmp_path / 'x', words)
+    dataset = build_train_dataset(DIGITS, Augmentation(), str(tmp_path / 'x'))
+    assert 'by deit\\x1b[2J;' in capsys.readouterr().out and dataset[0, 1][1].indices.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(('name', 'at', 'value', 'line'), [
+    ('values', (0, 0, 0), float('nan'), 'no probabilities from 0 to 1'),
+    ('values', (0, 0, 0), 1.5, 'no probabilities'), ('values', (0, 0, 2), -0.1, 'no probabilities'),
+    ('values', (0, 0, 1), 0.6, 'falling order'), ('values', (0, 0), torch.tensor([.9, .9, .9]).half(), 'more than 1'),
+    ('indices', (0, 0, 0), -1, 'are negative'), ('indices', (0, 0, 0), 2, 'name a class twice'),
+    ('indices', (5, 1, 0), 10, '--soft-labels name class 10, the data set has 10'),
+    ('boxes', (0, 0, 0), -1, 'outside of any image'), ('boxes', (0, 0, 2), 0, 'outside of any image'),
+    ('boxes', (0, 0, 0), 2 ** 30, 'outside of any image')], ids=str)
+def test_values_that_are_no_labels_are_refused(name, at, value, line, tmp_path):
+    tensors, words = sound_labels()
+    tensors[name][at] = value
+    safetensors.torch.save_file(tensors, tmp_path / 'x', words)
+    with pytest.raises(UserError, match=line):
+        build_train_dataset(DIGITS, Augmentation(), str(tmp_path / 'x'))
+
+
+def test_a_crop_outside_of_its_image_is_refused(tmp_path):
+    tensors, words = sound_labels()
+    tensors['boxes'][7] = torch.tensor([4, 4, 5, 4])
+    safetensors.torch.save_file(tensors, tmp_path / 'x', words)
+    dataset = build_train_dataset(DIGITS, Augmentation(), str(tmp_path / 'x'))
+    with pytest.raises(UserError, match='crop outside of image 7'):
+        dataset[7, 0]
+
+
+@pytest.mark.parametrize(('name', 'change', 'line'), [
+    ('boxes', lambda tensor: tensor[..., :3].contiguous(), 'boxes have not 4 numbers'),
+    ('boxes', lambda tensor: tensor.long(), 'boxes are of type torch.int64'),
+    ('flips', lambda tensor: tensor[:, 0].contiguous(), 'boxes are of type'),
+    ('indices', lambda tensor: tensor[..., :2].contiguous(), 'as many indices as values'),
+    ('values', lambda tensor: tensor.float(), 'values are of type torch.float32'),
+    ('values', lambda tensor: tensor[..., :0].contiguous(), 'values are of type')])
+def test_tensors_of_another_form_are_refused(name, change, line, tmp_path):
+    tensors, words = sound_labels()
+    safetensors.torch.save_file(tensors | {name: change(tensors[name])}, tmp_path / 'x', words)
+    with pytest.raises(UserError, match=line):
+        StoredLabels.read(tmp_path / 'x')
+
+
+@pytest.mark.parametrize(('name', 'value', 'line'), [
+    ('input_size', None, 'its input_size is missing'), ('input_size', 'x', "its input_size is 'x'"),
+    ('interpolation', 'lanczos', 'its interpolation'), ('fingerprint', '\x1b', 'its fingerprint'),
+    ('teacher', None, 'its teacher is missing')])
+def test_words_that_are_missing_or_wrong_are_refused(name, value, line, tmp_path):
+    tensors, words = sound_labels()
+    words = {key: item for key, item in (words | {name: value}).items() if item is not None}
+    safetensors.torch.save_file(tensors, tmp_path / 'x', words)
+    with pytest.raises(UserError, match=line):
+        StoredLabels.read(tmp_path / 'x')

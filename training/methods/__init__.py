@@ -48,6 +48,6 @@ class Method:
         """Continues from a `state_dict`.
 
         Raises:
-            ValueError: it is of another network.
+            UserError: it is of another network, or damaged.
         """
         raise NotImplementedError

@@ -138,9 +138,12 @@ class Oscillations(Method):
         return {name: dict(state) for name, state in self.states.items()}
 
     def load_state_dict(self, states: dict[str, dict[str, Tensor]]) -> None:
-        shapes = [{name: state['codes'].shape for name, state in each.items()} for each in (states, self.states)]
-        if shapes[0] != shapes[1]:
-            raise ValueError('the oscillations are those of another network')
+        kinds = [{name: {key: (value.shape, value.dtype) for key, value in state.items()}
+                  for name, state in each.items()} for each in (states, self.states)]
+        if kinds[0] != kinds[1]:
+            raise UserError('the oscillations in the checkpoint are those of another network')
+        if not all(state[key].isfinite().all() for state in states.values() for key in ('frequency', 'mean')):
+            raise UserError('the oscillations in the checkpoint are not finite: take an earlier one')
         for name, state in self.states.items():
             for key in self.STATE:
                 state[key].copy_(states[name][key])

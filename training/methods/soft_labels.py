@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,14 @@ from torchvision.transforms import functional
 
 from datasets import normalized
 from losses import SoftLabels
-from utils import RunError, UserError, write_whole
+from paths import fault
+from utils import RunError, UserError, printable, write_whole
 
 __all__ = ['StoredCrops', 'StoredLabels', 'fingerprint', 'raw_image', 'take_crop', 'top_k']
 
 FORMAT = 'soft labels 1'
 _TENSORS = 'boxes', 'flips', 'indices', 'values'
+LARGEST_BOX = 2 ** 20  # pixels
 
 
 def top_k(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +93,7 @@ class StoredLabels:
 
     def __str__(self) -> str:
         images, crops, k = self.values.shape
-        return f'{crops} crops of {images} images, {k} classes each, by {self.origin["teacher"]}'
+        return f'{crops} crops of {images} images, {k} classes each, by {printable(self.origin["teacher"])}'
 
     def write(self, path: str | Path) -> None:
         tensors = {name: getattr(self, name) for name in _TENSORS}
@@ -107,16 +110,53 @@ class StoredLabels:
         Raises:
             UserError: no such file, or one of another kind.
         """
+        remedy = 'write it with soft_labels.py'
+        if not os.path.isfile(path):  # opening a pipe would wait for a writer
+            raise UserError(f'--soft-labels {path} cannot be read (no such file): {remedy}')
         try:
             with safetensors.safe_open(path, 'pt') as file:
                 origin = file.metadata() or {}
                 if origin.pop('format', None) != FORMAT:
-                    raise UserError(f'--soft-labels {path} holds no soft labels: write it with soft_labels.py')
+                    raise UserError(f'--soft-labels {path} holds no soft labels: {remedy}')
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f'--soft-labels {path} cannot be read ({" ".join(str(error).split())}): write it with '
-                            'soft_labels.py') from error
+        except (MemoryError, OSError, safetensors.SafetensorError) as error:
+            raise UserError(f'--soft-labels {path} cannot be read ({fault(error) or " ".join(str(error).split())}): '
+                            f'{remedy}') from error
+        wrong = _wrong_origin(origin) or _wrong_tensor(**tensors)
+        if wrong:
+            raise UserError(f'--soft-labels {path}: {wrong}: {remedy}')
         return cls(**tensors, origin=origin)
+
+
+def _wrong_origin(origin: dict[str, str]) -> str | None:
+    """What a file says of its labels that cannot be; None where all is right."""
+    kinds = {'input_size': '[1-9][0-9]{0,3}', 'interpolation': 'bilinear|bicubic', 'fingerprint': '[0-9a-f]{64}',
+             'teacher': '(?s:.*)'}
+    for name, kind in kinds.items():
+        if name not in origin or not re.fullmatch(kind, origin[name]):
+            return f'its {name} is {origin[name][:40]!r}' if name in origin else f'its {name} is missing'
+    return None
+
+
+def _wrong_tensor(boxes: Tensor, flips: Tensor, indices: Tensor, values: Tensor) -> str | None:
+    """What is no label of a crop; None where all are."""
+    kinds = {'boxes': (boxes, torch.int32, 3), 'flips': (flips, torch.bool, 2), 'indices': (indices, torch.int32, 3),
+             'values': (values, torch.float16, 3)}
+    for name, (tensor, dtype, axes) in kinds.items():
+        if tensor.dtype != dtype or tensor.ndim != axes or 0 in tensor.shape or tensor.shape[:2] != flips.shape:
+            return f'{name} are of type {tensor.dtype} and shape {list(tensor.shape)}'
+    if boxes.shape[2] != 4 or indices.shape != values.shape:
+        return 'boxes have not 4 numbers, or there are not as many indices as values'
+    if int(boxes.min()) < 0 or int(boxes[..., 2:].min()) < 1 or int(boxes.max()) > LARGEST_BOX:
+        return 'boxes lie outside of any image'
+    if int(indices.min()) < 0 or bool((indices.sort(-1).values.diff(dim=-1) == 0).any()):
+        return 'indices are negative, or name a class twice'
+    numbers = values.float()
+    if not bool(((numbers >= 0) & (numbers <= 1)).all()) or bool((numbers.diff(dim=-1) > 0).any()):
+        return 'values are no probabilities from 0 to 1 in falling order'
+    if float(numbers.sum(-1).max()) > 1.01:  # each of them is rounded to half precision
+        return 'values of a crop add up to more than 1'
+    return None
 
 
 class StoredCrops(Dataset):
@@ -135,6 +175,9 @@ class StoredCrops(Dataset):
         if len(base) != len(stored.values) or origin['fingerprint'] != fingerprint(base):
             raise UserError(f'--soft-labels are of {len(stored.values)} other images than the {len(base)} here: write '
                             'them anew with soft_labels.py')
+        if int(stored.indices.max()) >= len(base.classes):
+            raise UserError(f'--soft-labels name class {int(stored.indices.max())}, the data set has '
+                            f'{len(base.classes)}: write them anew with soft_labels.py')
         if int(origin['input_size']) != size:
             raise UserError(f'--soft-labels are for --input-size {origin["input_size"]}, not {size}')
         base.transform = raw_image
@@ -154,6 +197,9 @@ class StoredCrops(Dataset):
             return self.transform(image), label
         stored = self.stored
         crop = int(torch.randint(stored.boxes.shape[1], ()))
-        pixels = take_crop(image, stored.boxes[index, crop].tolist(), bool(stored.flips[index, crop]), self.size,
+        top, left, height, width = box = stored.boxes[index, crop].tolist()
+        if left + width > image.width or top + height > image.height:
+            raise UserError(f'--soft-labels have a crop outside of image {index}: write them anew with soft_labels.py')
+        pixels = take_crop(image, box, bool(stored.flips[index, crop]), self.size,
                            stored.origin['interpolation'])
         return pixels, SoftLabels(torch.tensor(label), stored.indices[index, crop], stored.values[index, crop])
