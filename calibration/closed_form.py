@@ -13,14 +13,9 @@ quantize, closest to what the full-precision network has at that place:
     residual      t of `proj` and `fc2` is what the sum lacks: they correct the errors of the layers before
     IRM           gamma and beta by least squares, see `calibration.irm`
 
-Squared errors count by what they cost at the network's outputs (`calibration.importance`): the class token's far more
-than a patch's, in the last blocks nearly alone.
-
 The result is a network of the same form as ever: another calibration gives other values of the same parameters.
 """
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,7 +25,6 @@ from torch import Tensor
 
 from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, named_quantizers
 from calibration.full_precision import FullPrecision, full_precision, heads_of
-from calibration.importance import fisher_information, token_weights
 from calibration.irm import fit_layer_norm, prepare_irm
 from calibration.scales import activation_qparams, weight_scales
 from calibration.twins import halve_attention_to_twins
@@ -38,43 +32,28 @@ from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError
 
-__all__ = ['BlockWeights', 'calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compensate_rounding',
+__all__ = ['calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compensate_rounding',
            'fit_block', 'fit_embedding', 'fit_heads', 'ridge_fit', 'synchronize']
 
 # Both in units of the inputs' mean variance. The ridge of a layer is the one whose fit to most of the images serves the
-# others best: few bits need little, for the weights to make up for rounding errors, and 8 bits need much, because
-# there is nothing to make up for.
-RIDGES = tuple(10 ** (power / 2) for power in range(-4, 9))
+# others best. Few bits need little, for the weights to make up for rounding errors, but less than 1 fits 64 images
+# alone; 8 bits need much, because there is nothing to make up for.
+RIDGES = tuple(10 ** (power / 2) for power in range(9))
 DAMPING = 0.1
 SAMPLES = 2048  # values of a channel that its scale is fitted to
 EXTREMES = 32  # and the smallest and the largest ones, so many of each: rare values can be most of a channel's variance
 
 
-class BlockWeights(NamedTuple):
-    """What squared errors of each token count, (N,) with a mean of 1, at the input of a block and at its output."""
-    at_input: Tensor
-    at_output: Tensor
-
-    @classmethod
-    def of_blocks(cls, information: list[Tensor], tokens: int) -> list[BlockWeights]:
-        """For each block, from the Fisher information behind each. Before the first it is taken to be as behind it."""
-        weights = [token_weights(each, tokens) for each in information]
-        return [cls(*pair) for pair in zip([weights[0], *weights], weights, strict=False)]
-
-
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor | None = None,
-                    weights: Tensor | None = None) -> Tensor:
+def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor | None = None) -> Tensor:
     """Fits `act` to x, by SAMPLES and EXTREMES of each channel where it has more; returns x_hat.
 
     Args:
         shift: is filled with what the caller is to add to each channel of x, through the bias that x comes from; the
             returned x_hat is that of x + shift. Zero points are then effectively not whole. A grid that must contain 0
             has more error: 0.052 instead of 0.041 of the variance at 3 bits.
-        weights: of the tokens, (N,), whose axis is then the one before the last of x (B, ..., N, values); values are
-            drawn in proportion.
     """
     rows = x.movedim(channel_axis, 0).flatten(1)
     samples = SAMPLES if channel_axis == -1 else 16 * SAMPLES  # few channels of many values
@@ -83,7 +62,7 @@ def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor 
     if not torch.isfinite(rows).all():
         raise ValueError('calibration met NaN or infinite values: check the images and the weights')
     signed = bool((rows.amin() < SIGNED_THRESHOLD).item())
-    rows, importance = _samples(rows, samples, weights, 1 if channel_axis == -1 else x.shape[-1])
+    rows, importance = _samples(rows, samples)
     if act.alpha.numel() == 1:
         rows, importance = rows.reshape(1, -1), importance.reshape(1, -1)
     scale, zero = activation_qparams(rows, *code_range(act.bits, signed), whole=shift is None, importance=importance)
@@ -94,31 +73,23 @@ def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor 
     return act(x)
 
 
-def _samples(rows: Tensor, samples: int, weights: Tensor | None, values: int) -> tuple[Tensor, Tensor]:
-    """Values of each channel that stand for all of them, and what each counts, (channels, fewer) each.
+def _samples(rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Values of each channel, drawn and extreme, that stand for all of them, and how many each stands for.
 
     Args:
-        rows: (channels, images * N * values)
-        samples: how many to draw of each channel; all alike, or by the weights of the tokens, (N,).
-        values: of a token in a channel.
+        rows: (channels, values)
+        samples: how many to draw of each channel.
+
+    Returns:
+        (channels, fewer) each; all, once each, where there are no more than that.
     """
-    count, generator = rows.shape[1], torch.Generator().manual_seed(0)
-    if weights is None:
-        of_values = torch.ones_like(rows[0])
-    else:
-        of_values = weights.to(rows)[None, :, None].expand(count // (len(weights) * values), -1, values).flatten()
+    count = rows.shape[1]
     if count <= samples:
-        return rows.contiguous(), of_values.expand_as(rows)
-    if weights is None:
-        drawn = torch.randint(count, (samples,), generator=generator)
-    else:
-        token = torch.multinomial(weights.float().cpu(), samples, replacement=True, generator=generator)
-        image = torch.randint(count // (len(weights) * values), (samples,), generator=generator)
-        drawn = (image * len(weights) + token) * values + torch.randint(values, (samples,), generator=generator)
-    drawn = rows[:, drawn.to(rows.device)]
-    extremes = [rows.topk(EXTREMES, dim=1, largest=largest) for largest in (True, False)]
-    return (torch.cat([drawn, *(values for values, _ in extremes)], 1),
-            torch.cat([torch.full_like(drawn, count / samples), *(of_values[where] for _, where in extremes)], 1))
+        return rows.contiguous(), torch.ones_like(rows)
+    drawn = rows[:, torch.randint(count, (samples,), generator=torch.Generator().manual_seed(0)).to(rows.device)]
+    extremes = torch.cat([rows.topk(EXTREMES, dim=1, largest=largest).values for largest in (True, False)], 1)
+    return torch.cat([drawn, extremes], 1), torch.cat([torch.full_like(drawn, count / samples),
+                                                       torch.ones_like(extremes)], 1)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -135,17 +106,16 @@ def ridge_fit(weight: Tensor, covariance: Tensor, cross: Tensor, ridge: float) -
     return weight + torch.linalg.solve(_damped(covariance, ridge), (cross - weight @ covariance).mT).mT
 
 
-def choose_ridge(weight: Tensor, x: Tensor, target: Tensor, weights: Tensor | None = None) -> float:
+def choose_ridge(weight: Tensor, x: Tensor, target: Tensor) -> float:
     """The one of RIDGES whose fit to three quarters of the images comes closest to the target on the others.
 
     Args:
         weight: (out, in)
         x, target: (images, N, in) and (images, N, out)
-        weights: of the tokens, (N,)
     """
     split = len(x) - max(1, len(x) // 4)
-    means, (covariance, cross) = _moments(x[:split], target[:split], weights)
-    _, (held_out_covariance, held_out_cross) = _moments(x[split:], target[split:], weights, means)
+    means, (covariance, cross) = _moments(x[:split], target[:split])
+    _, (held_out_covariance, held_out_cross) = _moments(x[split:], target[split:], means)
     variances, directions = torch.linalg.eigh(covariance)
     # `ridge_fit` for every ridge, in the directions in which the covariance is diagonal.
     change = (cross - weight @ covariance) @ directions
@@ -162,20 +132,16 @@ def choose_ridge(weight: Tensor, x: Tensor, target: Tensor, weights: Tensor | No
 Pair = tuple[Tensor, Tensor]
 
 
-def _moments(x: Tensor, target: Tensor, weights: Tensor | None, means: Pair | None = None) -> tuple[Pair, Pair]:
+def _moments(x: Tensor, target: Tensor, means: Pair | None = None) -> tuple[Pair, Pair]:
     """(E[x], E[t]) and (E[x x^T], E[t x^T]), the latter of what differs from `means` where given, else from the former.
 
     Args:
         x, target: (images, N, in) and (images, N, out)
-        weights: of the tokens, (N,), with a mean of 1; None for all alike.
     """
-    if weights is not None:
-        weights = weights.to(x).expand(len(x), -1).flatten()[:, None]
     x, target = x.flatten(0, -2), target.flatten(0, -2)
-    x_mean, target_mean = means or tuple((t if weights is None else t * weights).mean(0) for t in (x, target))
+    x_mean, target_mean = means or (x.mean(0), target.mean(0))
     x, target = x - x_mean, target - target_mean
-    weighted = x if weights is None else x * weights
-    return (x_mean, target_mean), (weighted.mT @ x / len(x), target.mT @ weighted / len(x))
+    return (x_mean, target_mean), (x.mT @ x / len(x), target.mT @ x / len(x))
 
 
 def _damped(covariance: Tensor, share: float) -> Tensor:
@@ -213,21 +179,19 @@ def compensate_rounding(weight: Tensor, scale: Tensor, covariance: Tensor, qn: i
     return adjusted
 
 
-def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | None = None,
-                weights: Tensor | None = None) -> Tensor:
+def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
     """Fits the layer to `target` (B, N, out) for x (B, N, in), its input before quantization; returns its output.
 
     Args:
         norm: what x comes from; its bias is moved to where the codes fit best, which the layer's bias makes up for.
-        weights: of the tokens, (N,)
     """
     shift = None if norm is None else torch.zeros_like(layer.act.alpha)
-    x_hat = _fit_activation(layer.act, x, shift=shift, weights=weights)
+    x_hat = _fit_activation(layer.act, x, shift=shift)
     if norm is not None:
         norm.bias.add_(shift)
     weight, x_hat, target = layer.weight.double(), x_hat.double(), target.double()
-    ridge = choose_ridge(weight, x_hat, target, weights)
-    (x_mean, target_mean), (covariance, cross) = _moments(x_hat, target, weights)
+    ridge = choose_ridge(weight, x_hat, target)
+    (x_mean, target_mean), (covariance, cross) = _moments(x_hat, target)
     weight = ridge_fit(weight, covariance, cross, ridge)
     importance = covariance.diagonal().clamp_min(1e-12 * covariance.diagonal().mean())
     layer.set_qparams(weight_scales(weight, *layer.code_range, importance))
@@ -241,8 +205,7 @@ def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: bool, weights: BlockWeights,
-                   ) -> tuple[Tensor, Tensor]:
+def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: bool) -> tuple[Tensor, Tensor]:
     """Fits Q-Attention; returns the full-precision output and its own, each (B, N, dim).
 
     Args:
@@ -259,42 +222,37 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
         prepare_irm(attn, q, k)
         q, k, _ = heads_of(attn, full_precision(attn.qkv, x_full))
         q[..., -2:], k[..., -2:] = 0., 0.  # what gamma is to take out
-    raw_q, raw_k, v = heads_of(attn, _fit_linear(attn.qkv, x, full_precision(attn.qkv, x_full), block.norm1,
-                                              weights.at_input))
+    raw_q, raw_k, v = heads_of(attn, _fit_linear(attn.qkv, x, full_precision(attn.qkv, x_full), block.norm1))
     if irm:
-        fit_layer_norm(attn.norm_q, raw_q, q, weights.at_input)
-        fit_layer_norm(attn.norm_k, raw_k, k, weights.at_input)
+        fit_layer_norm(attn.norm_q, raw_q, q)
+        fit_layer_norm(attn.norm_k, raw_k, k)
     q, k = attn.norm_q(raw_q), attn.norm_k(raw_k)
     if attn.quantize_attn:
-        q = _fit_activation(attn.q_act, q, 1, weights=weights.at_input)
-        k = _fit_activation(attn.k_act, k, 1, weights=weights.at_input)
-        v = _fit_values(attn, v, weights.at_input)
-        out = _fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1, weights=weights.at_output) @ v
+        q, k, v = _fit_activation(attn.q_act, q, 1), _fit_activation(attn.k_act, k, 1), _fit_values(attn, v)
+        out = _fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)
-    return out_full, _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), out_full + stream_full - stream,
-                                 weights=weights.at_output)
+    return out_full, _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), out_full + stream_full - stream)
 
 
-def _fit_values(attn: QAttention, v: Tensor, weights: Tensor) -> Tensor:
+def _fit_values(attn: QAttention, v: Tensor) -> Tensor:
     """v_hat of v without its mean, which each output of the attention would contain alike: `proj` adds it instead."""
     bias = attn.qkv.bias.view(3, attn.num_heads, attn.head_dim)[2]
     bias -= v.mean((0, 2))
     v, shift = v - v.mean((0, 2), keepdim=True), torch.zeros_like(attn.v_act.alpha)
-    v_hat = _fit_activation(attn.v_act, v, 1, shift, weights)
+    v_hat = _fit_activation(attn.v_act, v, 1, shift)
     bias += shift[:, None]
     return v_hat
 
 
-def fit_block(block: QBlock, x_full: Tensor, x: Tensor, has_irm: bool, weights: BlockWeights,
-              ) -> tuple[Tensor, Tensor]:
+def fit_block(block: QBlock, x_full: Tensor, x: Tensor, has_irm: bool) -> tuple[Tensor, Tensor]:
     """Fits a block on its inputs in both networks; returns its outputs in both, (B, N, dim) each."""
-    out_full, out = _fit_attention(block, x_full, x, has_irm, weights)
+    out_full, out = _fit_attention(block, x_full, x, has_irm)
     x_full, x = x_full + out_full, x + out
     mlp, hidden_full = block.mlp, full_precision(block.mlp.fc1, block.norm2(x_full))
     out_full = full_precision(mlp.fc2, clipped_gelu(hidden_full))
-    hidden = clipped_gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2, weights.at_output))
-    return x_full + out_full, x + _fit_linear(mlp.fc2, hidden, out_full + x_full - x, weights=weights.at_output)
+    hidden = clipped_gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2))
+    return x_full + out_full, x + _fit_linear(mlp.fc2, hidden, out_full + x_full - x)
 
 
 def _fit_edge(layer: LinearQ | Conv2dQ, x: Tensor, channel_axis: int = -1) -> None:
@@ -349,11 +307,10 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
         halve_attention_to_twins(model, images)
         model.has_twin_tokens = False
     full = FullPrecision(model)
-    information = fisher_information(full, images[:64])
     fit_embedding(model, images)
     x_full, x = full.embed(images), model._pos_embed(model.patch_embed(images))
-    for block, weights in zip(model.blocks, BlockWeights.of_blocks(information, x.shape[1]), strict=True):
-        x_full, x = fit_block(block, x_full, x, full.has_irm, weights)
+    for block in model.blocks:
+        x_full, x = fit_block(block, x_full, x, full.has_irm)
     fit_heads(model, x)
     synchronize(model)
     model.train(was_training)

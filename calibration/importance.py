@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibration.full_precision import FullPrecision
 
-__all__ = ['fisher_information', 'information_root', 'token_weights', 'weighted_error']
+__all__ = ['fisher_information', 'information_root', 'weighted_error']
 
 # Added to F, in units of its mean diagonal: few images leave directions of which nothing is known.
 UNKNOWN = 0.1
@@ -59,11 +59,3 @@ def weighted_error(error: Tensor, root: Tensor) -> Tensor:
     root = root.to(error.dtype)
     prefix, patches = torch.einsum('bnd,ned->bne', error[:, :2], root[:2]), error[:, 2:] @ root[2].mT
     return (prefix.square().sum() + patches.square().sum()) / error.numel()
-
-
-def token_weights(information: Tensor, tokens: int) -> Tensor:
-    """What a squared error of each token counts, (tokens,), with a mean of 1: by the traces of F."""
-    prefix, patch = information.diagonal(dim1=-2, dim2=-1).sum(-1).split(2)
-    weights = torch.cat([prefix, patch.expand(tokens - 2)])
-    weights = weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)
-    return (weights + UNKNOWN) / (1 + UNKNOWN)

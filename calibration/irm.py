@@ -13,18 +13,13 @@ __all__ = ['fit_layer_norm', 'prepare_irm']
 CONSTANT = 8.  # of `prepare_irm`, in units of the root mean square of |q|
 
 
-def fit_layer_norm(norm: nn.LayerNorm, x: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
-    """gamma and beta that bring norm(x) closest to the target, both (..., N, d), in squared error.
-
-    Args:
-        weights: of the tokens, (N,), with a mean of 1.
-    """
-    x, target = F.layer_norm(x.double(), norm.normalized_shape, eps=norm.eps), target.double()
-    weights = torch.ones_like(x[..., :1]) if weights is None else weights.double()[:, None].expand_as(x[..., :1])
-    x, target, weights = (t.flatten(0, -2) for t in (x, target, weights))
-    x_mean, target_mean = (x * weights).mean(0), (target * weights).mean(0)
+def fit_layer_norm(norm: nn.LayerNorm, x: Tensor, target: Tensor) -> None:
+    """gamma and beta that bring norm(x) closest to the target, both (..., d), in squared error."""
+    x = F.layer_norm(x.double(), norm.normalized_shape, eps=norm.eps).flatten(0, -2)
+    target = target.double().flatten(0, -2)
+    x_mean, target_mean = x.mean(0), target.mean(0)
     x, target = x - x_mean, target - target_mean
-    gamma = (x * target * weights).mean(0) / (x.square() * weights).mean(0).clamp_min(1e-12)
+    gamma = (x * target).mean(0) / x.square().mean(0).clamp_min(1e-12)
     norm.weight.copy_(gamma)
     norm.bias.copy_(target_mean - gamma * x_mean)
 

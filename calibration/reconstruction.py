@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from _quan_base import LinearQ, clamp_steps_, named_quantizers
-from calibration.closed_form import BlockWeights, check_kind, fit_block, fit_embedding, fit_heads, synchronize
+from calibration.closed_form import check_kind, fit_block, fit_embedding, fit_heads, synchronize
 from calibration.full_precision import FullPrecision
 from calibration.importance import fisher_information, information_root, weighted_error
 from calibration.twins import halve_attention_to_twins
@@ -37,7 +37,7 @@ FITTED = 128  # images of the closed forms, and of the Fisher information
 HELD_OUT = 1 / 8  # of the images: a block that gets no better on them keeps its closed forms
 # Learning rates of Adam: of weights and scales in units of the mean scale of their quantizer, of zero points in codes,
 # of biases and LayerNorms in units of their mean size, or 0.1.
-RATES = {'weight': 0.03, 'scale': 0.005, 'zero_point': 0.01, 'other': 0.001}
+RATES = {'weight': 0.01, 'scale': 0.005, 'zero_point': 0.01, 'other': 0.001}
 CHUNK = 32  # images at a time where nothing is learned
 
 
@@ -178,13 +178,12 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     embedded = [(full.embed(chunk), model._pos_embed(model.patch_embed(chunk)))
                 for chunk in (part.to(device) for part in images.split(CHUNK))]
     x_full, x = (torch.cat(parts) for parts in zip(*embedded, strict=True))
-    weights = BlockWeights.of_blocks(information, x.shape[1])
     updates = _updates(len(images), config)
     logger = MetricLogger('Calibration:', full.depth * updates, max(1, updates // 4), device, done * updates)
     for index, block in enumerate(model.blocks):
         target = torch.cat([full.block(index, chunk) for chunk in x_full.split(CHUNK)])
         if index >= done:
-            fit_block(block, x_full[:FITTED], x[:FITTED], full.has_irm, weights[index])
+            fit_block(block, x_full[:FITTED], x[:FITTED], full.has_irm)
             _refine(block, x, target, information_root(information[index], x.shape[1]), config,
                     config.seed * full.depth + index, logger)
             synchronize(block)

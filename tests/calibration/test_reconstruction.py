@@ -13,7 +13,7 @@ from calibration import reconstruction
 from calibration.closed_form import RIDGES, _samples, calibrate_to_full_precision, choose_ridge
 from calibration.first_batch import calibrate
 from calibration.full_precision import FullPrecision
-from calibration.importance import UNKNOWN, fisher_information, information_root, token_weights, weighted_error
+from calibration.importance import UNKNOWN, fisher_information, information_root, weighted_error
 from calibration.reconstruction import Reconstruction, reconstruct
 from calibration.twins import halve_attention_to_twins
 from checkpoints.full_precision import load_full_precision
@@ -97,8 +97,6 @@ def test_behind_the_last_block_only_the_heads_tokens_count():
     assert [tuple(each.shape) for each in found] == [(3, 64, 64)] * 2
     assert (found[1][2] == 0).all() and found[1][:2].diagonal(dim1=1, dim2=2).min() > 0 and found[0][2].trace() > 0
     assert torch.linalg.eigvalsh(found[0]).min() > -1e-12
-    torch.testing.assert_close(token_weights(found[1], 18).mean(), torch.tensor(1.).double())
-    assert torch.allclose(token_weights(found[1], 18)[2:], torch.tensor(UNKNOWN / (1 + UNKNOWN)).double())
 
 
 def test_an_error_costs_its_quadratic_form():
@@ -121,25 +119,17 @@ def test_the_ridge_follows_from_held_out_images():
     noise = torch.randn(16, 5, 8).double()
     assert choose_ridge(weight, x, x @ other.mT) == RIDGES[0]            # the target says all
     assert choose_ridge(weight, x, x @ weight.mT + noise) >= 10.         # there is nothing to learn but noise
-    weights = torch.tensor([5., 0., 0., 0., 0.])                         # only the first token counts, where there is
-    target = x @ weight.mT + noise
-    target[:, 0] = x[:, 0] @ other.mT
-    assert choose_ridge(weight, x, target, weights) == RIDGES[0]
 
 
 def test_samples_stand_for_all_values_and_keep_the_rare_ones():
     rows = torch.randn(2, 40 * 10 * 3)
     rows[0, 17], rows[1, 500] = 1000., -1000.
-    weights = torch.cat([torch.tensor([5.5, 4.]), torch.full((8,), 0.0625)])
-    for of_tokens in (None, weights):
-        values, importance = _samples(rows, 300, of_tokens, 3)
-        assert values[0].max() == 1000. and values[1].min() == -1000.
-        assert importance[:, :300].sum(1).tolist() == pytest.approx([1200., 1200.])
-        rare = importance[0, values[0] == 1000.][-1]
-        assert rare == (1. if of_tokens is None else weights[17 // 3 % 10])
-    drawn = _samples(rows, 300, weights, 3)[0][0, :300]
-    of_first = rows[0].view(40, 10, 3)[:, 0]
-    assert torch.isin(drawn, of_first).float().mean().item() == pytest.approx(0.55, abs=0.1)
+    values, counts = _samples(rows, 300)
+    assert values[0].max() == 1000. and values[1].min() == -1000.
+    assert counts[:, :300].sum(1).tolist() == pytest.approx([1200., 1200.])
+    assert counts[0, values[0] == 1000.][-1] == 1. and torch.isin(values, rows).all()
+    few, counts = _samples(rows[:, :300], 300)
+    assert torch.equal(few, rows[:, :300]) and (counts == 1).all()
 
 
 # --- reconstruction ---------------------------------------------------------------------------------------------------
