@@ -41,7 +41,9 @@ __all__ = ['calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compens
 RIDGES = tuple(10 ** (power / 2) for power in range(9))
 DAMPING = 0.1
 SAMPLES = 2048  # values of a channel that its scale is fitted to
-EXTREMES = 32  # and the smallest and the largest ones, so many of each: rare values can be most of a channel's variance
+# And the smallest and the largest ones, so many of each, from FINE bits on: rare values can be most of the variance of a
+# channel, but few codes serve the many values better.
+EXTREMES, FINE = 32, 6
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor 
     if not torch.isfinite(rows).all():
         raise ValueError('calibration met NaN or infinite values: check the images and the weights')
     signed = bool((rows.amin() < SIGNED_THRESHOLD).item())
-    rows, importance = _samples(rows, samples)
+    rows, importance = _samples(rows, samples, EXTREMES if act.bits >= FINE else 0)
     if act.alpha.numel() == 1:
         rows, importance = rows.reshape(1, -1), importance.reshape(1, -1)
     scale, zero = activation_qparams(rows, *code_range(act.bits, signed), whole=shift is None, importance=importance)
@@ -73,12 +75,13 @@ def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor 
     return act(x)
 
 
-def _samples(rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def _samples(rows: Tensor, samples: int, extremes: int) -> tuple[Tensor, Tensor]:
     """Values of each channel, drawn and extreme, that stand for all of them, and how many each stands for.
 
     Args:
         rows: (channels, values)
         samples: how many to draw of each channel.
+        extremes: how many of the largest and of the smallest to add.
 
     Returns:
         (channels, fewer) each; all, once each, where there are no more than that.
@@ -87,9 +90,8 @@ def _samples(rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     if count <= samples:
         return rows.contiguous(), torch.ones_like(rows)
     drawn = rows[:, torch.randint(count, (samples,), generator=torch.Generator().manual_seed(0)).to(rows.device)]
-    extremes = torch.cat([rows.topk(EXTREMES, dim=1, largest=largest).values for largest in (True, False)], 1)
-    return torch.cat([drawn, extremes], 1), torch.cat([torch.full_like(drawn, count / samples),
-                                                       torch.ones_like(extremes)], 1)
+    rare = torch.cat([rows.topk(extremes, dim=1, largest=largest).values for largest in (True, False)], 1)
+    return torch.cat([drawn, rare], 1), torch.cat([torch.full_like(drawn, count / samples), torch.ones_like(rare)], 1)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

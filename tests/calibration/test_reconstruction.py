@@ -124,11 +124,12 @@ def test_the_ridge_follows_from_held_out_images():
 def test_samples_stand_for_all_values_and_keep_the_rare_ones():
     rows = torch.randn(2, 40 * 10 * 3)
     rows[0, 17], rows[1, 500] = 1000., -1000.
-    values, counts = _samples(rows, 300)
+    values, counts = _samples(rows, 300, 32)
     assert values[0].max() == 1000. and values[1].min() == -1000.
     assert counts[:, :300].sum(1).tolist() == pytest.approx([1200., 1200.])
     assert counts[0, values[0] == 1000.][-1] == 1. and torch.isin(values, rows).all()
-    few, counts = _samples(rows[:, :300], 300)
+    assert _samples(rows, 300, 0)[0].shape == (2, 300)
+    few, counts = _samples(rows[:, :300], 300, 32)
     assert torch.equal(few, rows[:, :300]) and (counts == 1).all()
 
 
