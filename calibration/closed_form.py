@@ -41,8 +41,8 @@ __all__ = ['calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compens
 RIDGES = tuple(10 ** (power / 2) for power in range(9))
 DAMPING = 0.1
 SAMPLES = 2048  # values of a channel that its scale is fitted to
-# And the smallest and the largest ones, so many of each, from FINE bits on: rare values can be most of the variance of a
-# channel, but few codes serve the many values better.
+# And the smallest and the largest ones, so many of each, from FINE bits on: rare values can be most of the variance of
+# a channel, but few codes serve the many values better.
 EXTREMES, FINE = 32, 6
 
 
