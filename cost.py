@@ -20,7 +20,7 @@ from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
 from checkpoints.descriptions import check_option
 from checkpoints.networks import create_network, open_checkpoint, read_network
-from paths import check_file
+from files.paths import check_file
 from training.flags import bits, class_count, image_size
 from utils import Parser, UserError, entry_point, key_value, write_whole
 

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from image_files import images_of, load_image, subfolders
-from paths import parse_json, read_text
+from files.images import images_of, load_image, subfolders
+from files.paths import parse_json, read_text
 from utils import UserError, printable
 
 __all__ = ['DATASETS', 'INAT_CATEGORIES', 'Augmentation', 'Digits', 'ImageList', 'SeededSamples', 'build_dataset',

@@ -21,7 +21,7 @@ from analysis.images import stacked, to_pictures
 from checkpoints.descriptions import check_option
 from checkpoints.networks import ModelInfo, open_network
 from datasets import DATASETS, ImageList, build_dataset, build_transform
-from paths import check_file
+from files.paths import check_file
 from training.flags import crop_ratio, image_size, positive_int
 from training.networks import build_teacher
 from utils import Parser, UserError, closest, entry_point, key_value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from analysis.attention import Stages, attention_inputs, attention_probabilities, attentions
 from analysis.codes import CodeStatistics, Distribution, code_distribution, code_statistics, entropy
 from analysis.logs import parse_epoch
-from paths import read_text
+from files.paths import read_text
 from quant_vision_transformer import QAttention
 from utils import UserError
 

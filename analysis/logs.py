@@ -1,7 +1,7 @@
 """The lines of a run's log.txt."""
 from __future__ import annotations
 
-from paths import parse_json
+from files.paths import parse_json
 
 __all__ = ['parse_epoch']
 

@@ -19,7 +19,7 @@ import torch.nn as nn
 from analysis.cost import summary
 from analysis.logs import parse_epoch
 from checkpoints.networks import ModelInfo
-from paths import parse_json
+from files.paths import parse_json
 from utils import UserError, printable, write_whole
 
 __all__ = ['write_model_card']

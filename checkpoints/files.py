@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import safetensors.torch
 import torch
 
-from paths import check_file, fault
+from files.paths import check_file, fault
 from utils import RunError, UserError, write_whole
 
 __all__ = ['local_file', 'read_checkpoint', 'write_checkpoint']

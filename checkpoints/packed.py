@@ -27,7 +27,7 @@ from _quan_base import ActQ, code_range, is_calibrated, named_quantizers
 from checkpoints.building import build_described, check_described
 from checkpoints.descriptions import FORMAT_VERSION, ModelInfo, shown
 from checkpoints.states import some
-from paths import check_file, fault
+from files.paths import check_file, fault
 from utils import UserError, write_whole
 
 __all__ = ['PackedFile', 'Stored', 'is_packed', 'pack_codes', 'packed_layout', 'read_packed', 'unpack_codes',

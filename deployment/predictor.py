@@ -12,8 +12,8 @@ from torch import Tensor
 
 from checkpoints.networks import ModelInfo, OpenedNetwork, open_network
 from deployment.integer import IntegerViT
-from image_files import load_image
-from paths import fault
+from files.images import load_image
+from files.paths import fault
 from quant_vision_transformer import QVisionTransformer
 from utils import UserError, printable
 

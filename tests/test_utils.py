@@ -76,7 +76,7 @@ def text_files_without_encoding(name: str) -> list[str]:
         owner = getattr(getattr(called, 'value', None), 'id', None)
         if what not in ('read_text', 'write_text', 'open') or owner in ('Image', 'os', 'PIL', 'archive', 'webbrowser'):
             continue
-        if getattr(called, 'id', None) == 'read_text':  # that of `paths`, which is of one encoding itself
+        if getattr(called, 'id', None) == 'read_text':  # that of `files.paths`, which is of one encoding itself
             continue
         modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         if not any('b' in mode for mode in modes[-1:] if what == 'open') and 'encoding' not in {

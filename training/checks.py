@@ -9,7 +9,7 @@ import timm
 import torch
 
 from checkpoints.descriptions import OPTIONS, check_option
-from paths import check_file
+from files.paths import check_file
 from training.data import Mixing
 from training.optimizer import OptimizerConfig, check_optimizer
 from utils import UserError, closest, pick

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 
 from checkpoints.descriptions import LARGEST_IMAGE, MOST_CLASSES, shown
-from paths import read_text
+from files.paths import read_text
 from utils import UserError, closest
 
 __all__ = ['HelpFormatter', 'bits', 'class_count', 'config_flags', 'crop_ratio', 'exponent', 'few', 'frequency',

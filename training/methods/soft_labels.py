@@ -30,8 +30,8 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from datasets import normalized
+from files.paths import fault
 from losses import SoftLabels
-from paths import fault
 from utils import RunError, UserError, printable, write_whole
 
 __all__ = ['StoredCrops', 'StoredLabels', 'fingerprint', 'raw_image', 'take_crop', 'top_k']

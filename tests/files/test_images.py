@@ -9,7 +9,7 @@ from PIL import Image
 
 from datasets import ImageList, build_dataset
 from deployment.predictor import read_picture
-from image_files import FORMATS, images_of, load_image, subfolders
+from files.images import FORMATS, images_of, load_image, subfolders
 from utils import UserError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from paths import open_regular
+from files.paths import open_regular
 from utils import UserError
 
 __all__ = ['FORMATS', 'images_of', 'load_image', 'subfolders']

@@ -7,7 +7,7 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from paths import check_file, fault, open_regular, parse_json, read_text
+from files.paths import check_file, fault, open_regular, parse_json, read_text
 from utils import UserError, printable, report
 
 
