@@ -220,6 +220,13 @@ def from_all_ranks(own: T) -> list[T]:
     return gathered
 
 
+def take_from_rank_0(*tensors: Tensor) -> None:
+    """Gives each tensor, in place, the values that it has on rank 0. A collective."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean over all processes: gathered and summed in one order, so bit for bit the same on each."""
     if not (dist.is_available() and dist.is_initialized()):

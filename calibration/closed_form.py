@@ -18,19 +18,18 @@ The result is a network of the same form as ever: another calibration gives othe
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, named_quantizers
-from calibration.full_precision import FullPrecision, full_precision, heads_of
+from calibration.full_precision import FullPrecision, full_precision, full_precision_attention, heads_of
 from calibration.irm import fit_layer_norm, prepare_irm
 from calibration.scales import activation_qparams, weight_scales
 from calibration.twins import halve_attention_to_twins
 from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
-from utils import UserError
+from utils import UserError, take_from_rank_0
 
 __all__ = ['calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compensate_rounding',
            'fit_block', 'fit_embedding', 'fit_heads', 'ridge_fit', 'synchronize']
@@ -216,10 +215,7 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
     """
     attn, x_full, x = block.attn, block.norm1(stream_full), block.norm1(stream)
     irm = isinstance(attn.norm_q, nn.LayerNorm)
-    q, k, v = heads_of(attn, full_precision(attn.qkv, x_full))
-    if has_irm:
-        q, k = attn.norm_q(q), attn.norm_k(k)
-    out_full = full_precision(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    out_full, q, k = full_precision_attention(attn, x_full, has_irm)
     if irm and not has_irm:
         prepare_irm(attn, q, k)
         q, k, _ = heads_of(attn, full_precision(attn.qkv, x_full))
@@ -305,9 +301,7 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
     synchronize(model, images)
     was_training = model.training
     model.eval()
-    if model.has_twin_tokens:
-        halve_attention_to_twins(model, images)
-        model.has_twin_tokens = False
+    halve_attention_to_twins(model, images)
     full = FullPrecision(model)
     fit_embedding(model, images)
     x_full, x = full.embed(images), model._pos_embed(model.patch_embed(images))
@@ -320,8 +314,6 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
 
 def synchronize(model: nn.Module, *others: Tensor) -> None:
     """Gives the network, and other tensors, the values that they have on rank 0."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (*model.parameters(), *model.buffers(), *others):
-            dist.broadcast(tensor, 0)
-        for _, quantizer in named_quantizers(model):
-            quantizer.read_host_state()
+    take_from_rank_0(*model.parameters(), *model.buffers(), *others)
+    for _, quantizer in named_quantizers(model):
+        quantizer.read_host_state()

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
 from _quan_base import Rule, UncalibratedError, first_batch_rule, named_quantizers
+from utils import take_from_rank_0
 
 __all__ = ['calibrate']
 
@@ -27,9 +27,7 @@ def calibrate(model: nn.Module, images: Tensor, rule: Rule = first_batch_rule) -
         ValueError: NaN or infinite values were met.
         UncalibratedError: the forward did not use some quantizer.
     """
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor, 0)
+    take_from_rank_0(*model.parameters(), *model.buffers())
     quantizers, modes = dict(named_quantizers(model)), {module: module.training for module in model.modules()}
     model.eval()
     for quantizer in quantizers.values():

@@ -12,7 +12,7 @@ from _quan_base import LinearQ
 from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 
-__all__ = ['FullPrecision', 'full_precision', 'heads_of']
+__all__ = ['FullPrecision', 'full_precision', 'full_precision_attention', 'heads_of']
 
 
 def full_precision(layer: LinearQ, x: Tensor) -> Tensor:
@@ -63,11 +63,16 @@ class FullPrecision:
                    for token, head in enumerate(heads)) / 2
 
 
-def full_precision_block(block: QBlock, x: Tensor, has_irm: bool) -> Tensor:
-    """What a block computes without quantizers, (B, N, dim)."""
-    attn, mlp = block.attn, block.mlp
-    q, k, v = heads_of(attn, full_precision(attn.qkv, block.norm1(x)))
+def full_precision_attention(attn: QAttention, x: Tensor, has_irm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What Q-Attention computes without quantizers, (B, N, dim), and the q and k of its scores, (B, H, N, d)."""
+    q, k, v = heads_of(attn, full_precision(attn.qkv, x))
     if has_irm:
         q, k = attn.norm_q(q), attn.norm_k(k)
-    x = x + full_precision(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return full_precision(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), q, k
+
+
+def full_precision_block(block: QBlock, x: Tensor, has_irm: bool) -> Tensor:
+    """What a block computes without quantizers, (B, N, dim)."""
+    mlp = block.mlp
+    x = x + full_precision_attention(block.attn, block.norm1(x), has_irm)[0]
     return x + full_precision(mlp.fc2, clipped_gelu(full_precision(mlp.fc1, block.norm2(x))))

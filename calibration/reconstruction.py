@@ -29,7 +29,7 @@ from calibration.importance import fisher_information, information_root, weighte
 from calibration.twins import halve_attention_to_twins
 from checkpoints.files import read_checkpoint, write_checkpoint
 from quant_vision_transformer import QBlock, QVisionTransformer
-from utils import MetricLogger, UserError
+from utils import MetricLogger, UserError, take_from_rank_0
 
 __all__ = ['Reconstruction', 'reconstruct']
 
@@ -97,19 +97,20 @@ def _through(block: QBlock, x: Tensor) -> Tensor:
 def _refine(block: QBlock, x: Tensor, target: Tensor, root: Tensor, config: Reconstruction, seed: int,
             logger: MetricLogger) -> None:
     """Lets a block learn to turn x into the target, both (images, N, dim)."""
-    split = len(x) - max(1, round(HELD_OUT * len(x)))
+    split = _learned_from(len(x))
     start = {name: value.clone() for name, value in block.state_dict().items()}
 
     def held_out_error() -> float:
         return weighted_error(_through(block, x[split:]) - target[split:], root).item()
 
-    before, updates = held_out_error(), _updates(len(x), config)
+    before = held_out_error()
     optimizer = torch.optim.Adam(_parameter_groups(block), betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(split, generator=generator) for _ in range(config.epochs)])
+    batches = order.split(config.batch_size)
     with _learning(block), torch.enable_grad():
-        for update, drawn in enumerate(order.split(config.batch_size)):
-            share = min(1., (update + 1) / 20) * (1 + math.cos(math.pi * update / updates)) / 2
+        for update, drawn in enumerate(batches):
+            share = min(1., (update + 1) / 20) * (1 + math.cos(math.pi * update / len(batches))) / 2
             for group in optimizer.param_groups:
                 group['lr'] = share * group['initial_lr']
             drawn = drawn.to(x.device)
@@ -119,21 +120,22 @@ def _refine(block: QBlock, x: Tensor, target: Tensor, root: Tensor, config: Reco
             optimizer.step()
             clamp_steps_(block)
             logger.update(error=loss.detach())
-            if logger.end_batch() and update < updates - 1:
+            if logger.end_batch() and update < len(batches) - 1:
                 logger.read()
                 logger.print_line()
     optimizer.zero_grad()
     after = held_out_error()
     if not after < before:  # also where it is NaN
         block.load_state_dict(start)
-    logger.update(held_out_before=before, held_out_after=min(after, before) if after == after else before)
+        after = before
+    logger.update(held_out_before=before, held_out_after=after)
     logger.read()
     logger.print_line()
 
 
-def _updates(images: int, config: Reconstruction) -> int:
-    learned_from = images - max(1, round(HELD_OUT * images))
-    return math.ceil(config.epochs * learned_from / config.batch_size)
+def _learned_from(images: int) -> int:
+    """How many of the images a block learns from; the others are held out."""
+    return images - max(1, round(HELD_OUT * images))
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -165,11 +167,9 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     synchronize(model)
     was_training = model.training
     model.eval()
-    key = _fingerprint(model, images, config)
+    key = '' if progress is None else _fingerprint(model, images, config)
     fitted = images[:FITTED].to(device)
-    if model.has_twin_tokens:
-        halve_attention_to_twins(model, fitted)
-        model.has_twin_tokens = False
+    halve_attention_to_twins(model, fitted)
     full = FullPrecision(model)
     information = fisher_information(full, fitted, config.seed)
     done = _resume(model, progress, key)
@@ -178,7 +178,7 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     embedded = [(full.embed(chunk), model._pos_embed(model.patch_embed(chunk)))
                 for chunk in (part.to(device) for part in images.split(CHUNK))]
     x_full, x = (torch.cat(parts) for parts in zip(*embedded, strict=True))
-    updates = _updates(len(images), config)
+    updates = math.ceil(config.epochs * _learned_from(len(images)) / config.batch_size)
     logger = MetricLogger('Calibration:', full.depth * updates, max(1, updates // 4), device, done * updates)
     for index, block in enumerate(model.blocks):
         target = torch.cat([full.block(index, chunk) for chunk in x_full.split(CHUNK)])
@@ -226,7 +226,6 @@ def _resume(model: nn.Module, progress: Path | None, key: str) -> int:
             model.load_state_dict(kept['model'])
             blocks.fill_(kept['blocks'])
             print(f'{progress}: {kept["blocks"]} of {len(model.blocks)} blocks are calibrated already')
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast(blocks, 0)
+    take_from_rank_0(blocks)
     synchronize(model)
     return int(blocks)

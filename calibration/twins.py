@@ -19,7 +19,7 @@ __all__ = ['halve_attention_to_twins']
 
 @torch.no_grad()
 def halve_attention_to_twins(model: QVisionTransformer, images: Tensor) -> None:
-    """Changes the weights of the keys so that the two first tokens together get the attention of one.
+    """Changes the weights of the keys so that twins together get the attention of one; without twins, does nothing.
 
     The key of a token x (after the LayerNorm) becomes k + c u(x), where u is linear in x, 1 for the twins and 0 for
     patches, and q c / sqrt(d) = -log 2 for all q. Both hold in the least squares over the images, which on a DeiT is
@@ -29,6 +29,8 @@ def halve_attention_to_twins(model: QVisionTransformer, images: Tensor) -> None:
         model: holds full-precision weights, without IRM.
         images: (B, 3, H, W).
     """
+    if not model.has_twin_tokens:
+        return
     full = FullPrecision(model)
     x = full.embed(images)
     for index, block in enumerate(model.blocks):
@@ -43,6 +45,7 @@ def halve_attention_to_twins(model: QVisionTransformer, images: Tensor) -> None:
             attn.qkv.weight[rows] += (change[:, None] * slope).to(x.dtype)
             if constant is not None:
                 attn.qkv.bias[rows] += (change * constant).to(x.dtype)
+    model.has_twin_tokens = False
 
 
 def _indicator_of_twins(inputs: Tensor, has_constant: bool) -> tuple[Tensor, Tensor | None]:

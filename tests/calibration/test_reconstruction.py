@@ -156,8 +156,7 @@ def test_a_block_learns_to_give_what_full_precision_gives(options):
         (x, target), (x_others, target_others) = ((x, full.block(0, x)) for x in map(full.embed, (images, others)))
         before = weighted_error(block(x_others) - target_others, root)
         config = Reconstruction(epochs=20)
-        updates = reconstruction._updates(64, config)
-        reconstruction._refine(block, x, target, root, config, 0, MetricLogger('', updates, 100, x.device))
+        reconstruction._refine(block, x, target, root, config, 0, MetricLogger('', 140, 100, x.device))
         assert weighted_error(block(x_others) - target_others, root) < 0.85 * before
     assert not any(module.training for module in block.modules()) and block.mlp.fc2.drop == 0.5
 
