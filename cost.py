@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
-from checkpoints.descriptions import check_option
+from checkpoints.descriptions import check_options
 from checkpoints.networks import create_network, open_checkpoint, read_network
 from files.paths import check_file
 from training.flags import bits, class_count, image_size
@@ -55,12 +55,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UserError: the first of them, in one line.
     """
-    for name in ('num_classes', 'img_size'):
-        if name in dict(args.model_kwargs):
-            raise UserError(f'--model-kwargs {name}: the class count follows from the data set, the image size from '
-                            '--input-size')
-    for name, value in args.model_kwargs:
-        check_option(name, value)
+    check_options(dict(args.model_kwargs))
     if args.checkpoint is None and not args.model:
         raise UserError('nothing to count: name networks with --model, or give a --checkpoint')
     if args.packed is None:

@@ -12,19 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
 from _quan_base import is_calibrated
 from analysis import inspection
 from analysis.images import stacked, to_pictures
-from checkpoints.descriptions import check_option
+from checkpoints.descriptions import check_options, check_registered
 from checkpoints.networks import ModelInfo, open_network
 from datasets import DATASETS, ImageList, build_dataset, build_transform
 from files.paths import check_file
 from training.flags import crop_ratio, image_size, positive_int
 from training.networks import build_teacher
-from utils import Parser, UserError, closest, entry_point, key_value
+from utils import Parser, UserError, entry_point, key_value
 
 COMMANDS = {  # name: (summary, example, images of a data set unless said otherwise)
     'qk': ('histograms and entropies of queries and keys: before and after IRM, as codes, beside the teacher\'s',
@@ -100,14 +99,9 @@ def _add_image_flags(parser: ArgumentParser, images: int) -> None:
 def check_args(args: Namespace) -> None:
     """Refuses unknown names and missing files, before any file is read."""
     for flag, name in (('--model', args.model), ('--teacher-model', args.teacher_model)):
-        if name is not None and not timm.is_model(name):
-            raise UserError(f'{flag} {name} is unknown: {closest(name, timm.list_models())}')
-    for name in ('num_classes', 'img_size'):
-        if name in dict(args.model_kwargs):
-            raise UserError(f'--model-kwargs {name}: the class count follows from the data set, the image size '
-                            'from --input-size')
-    for name, value in args.model_kwargs:
-        check_option(name, value)
+        if name is not None:
+            check_registered(name, flag)
+    check_options(dict(args.model_kwargs))
     if args.data_set not in (None, 'DIGITS') and not (args.data_path or args.images):
         raise UserError(f'--data-set {args.data_set} needs --data-path')
     for flag, path in (('--resume', args.resume), ('--teacher-path', args.teacher_path)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from datasets import DATASETS
 from utils import UserError, closest
 
-__all__ = ['FORMAT_VERSION', 'LARGEST_IMAGE', 'MOST_CLASSES', 'ModelInfo', 'check_kwargs', 'check_option',
+__all__ = ['FORMAT_VERSION', 'LARGEST_IMAGE', 'MOST_CLASSES', 'ModelInfo', 'check_kwargs', 'check_options',
            'check_registered', 'check_sizes', 'shown']
 
 FORMAT_VERSION = 1
@@ -162,8 +162,9 @@ def check_registered(name: Any, what: str) -> None:
         UserError: `what` begins the message.
     """
     if type(name) is not str or not re.fullmatch(r'\w+(\.\w+)?', name, re.ASCII) or not timm.is_model(name):
-        known = closest(name, timm.list_models()) if type(name) is str and len(name) < 100 else 'that is no name'
-        raise UserError(f'{what} {name if _text(name) else shown(name)} is unknown: {known}')
+        is_short = type(name) is str and len(name) < 100
+        known = closest(name, timm.list_models()) if is_short else 'that is no name'
+        raise UserError(f'{what} {name if is_short else shown(name)} is unknown: {known}')
 
 
 def check_kwargs(kwargs: Any, where: str) -> None:
@@ -181,15 +182,20 @@ def check_kwargs(kwargs: Any, where: str) -> None:
             _check(name, value, OPTIONS[name], where)
 
 
-def check_option(name: str, value: Any) -> None:
-    """Refuses a value that --model-kwargs gives to an option and that no description could have.
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses what --model-kwargs may not say: sizes that follow from elsewhere, and values that no description has.
 
     Raises:
-        UserError: it is of another type, or out of bounds.
+        UserError: the first of them; a value of another type, or out of bounds.
     """
-    if value is not None and name in OPTIONS and not OPTIONS[name].accepts(value):
-        raise UserError(f'--model-kwargs {name}={shown(value)}: choose {OPTIONS[name].wanted}, others cannot be '
-                        'built')
+    for name in ('num_classes', 'img_size'):
+        if name in options:
+            raise UserError(f'--model-kwargs {name}: the class count follows from the data set, the image size from '
+                            '--input-size')
+    for name, value in options.items():
+        if value is not None and name in OPTIONS and not OPTIONS[name].accepts(value):
+            raise UserError(f'--model-kwargs {name}={shown(value)}: choose {OPTIONS[name].wanted}, others cannot be '
+                            'built')
 
 
 # --- against the tensors of the file ----------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ Types and ranges are checked where the flags are parsed.
 
 from argparse import Namespace
 
-import timm
 import torch
 
-from checkpoints.descriptions import OPTIONS, check_option
+from checkpoints.descriptions import OPTIONS, check_options, check_registered
 from files.paths import check_file
 from training.data import Mixing
 from training.optimizer import OptimizerConfig, check_optimizer
@@ -39,14 +38,11 @@ def _require(condition: bool, message: str) -> None:
 def _check_model(args: Namespace) -> None:
     for flag, name in (('--model', args.model), ('--teacher-model', args.teacher_model)):
         if name is not None:
-            _require(timm.is_model(name), f'{flag} {name} is unknown: {closest(name, timm.list_models())}')
-    for name in ('num_classes', 'img_size'):
-        _require(name not in args.model_kwargs, f'--model-kwargs {name}: the class count follows from the data set, '
-                                                'the image size from --input-size')
+            check_registered(name, flag)
+    check_options(args.model_kwargs)
     for name in args.model_kwargs:
         _require(name in OPTIONS, f'--model-kwargs {name} is no option that a checkpoint could describe: '
                                   f'{closest(name, OPTIONS)}')
-        check_option(name, args.model_kwargs[name])
     channels = args.model_kwargs.get('in_chans', 3)
     _require(channels == 3, f'--model-kwargs in_chans={channels}: images of all data sets come with 3 channels, leave '
                             'it out')
