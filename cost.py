@@ -22,7 +22,7 @@ from checkpoints.descriptions import check_options
 from checkpoints.networks import create_network, open_checkpoint, read_network
 from files.paths import check_file
 from training.flags import bits, class_count, image_size
-from utils import Parser, UserError, entry_point, key_value, write_whole
+from utils import Parser, UserError, entry_point, key_value, write_whole_text
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = render(rows(args), args.format)
     if args.output:
         try:
-            write_whole(args.output, lambda beside: beside.write_text(text, encoding='utf-8'))
+            write_whole_text(args.output, text)
         except OSError as error:
             raise UserError(f'--output {args.output} cannot be written ({error.strerror})') from error
     else:

@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from files.images import images_of, load_image, subfolders
 from files.paths import parse_json, read_text
-from utils import UserError, printable
+from utils import UserError, printable, readable
 
 __all__ = ['DATASETS', 'INAT_CATEGORIES', 'Augmentation', 'Digits', 'ImageList', 'SeededSamples', 'build_dataset',
            'build_transform', 'normalized']
@@ -396,4 +396,5 @@ def build_dataset(is_train: bool, data_set: str, data_path: str | Path | None, t
         raise UserError(f'--data-set {data_set!r} is unknown: choose one of {", ".join(DATASETS)}')
     build = DATASETS[data_set]
     dataset = build(is_train, data_path, transform, inat_category=inat_category, num_classes=num_classes)
+    dataset.classes = readable(dataset.classes)
     return dataset, len(dataset.classes)

@@ -34,7 +34,7 @@ from engine import evaluate
 from quant_vision_transformer import QVisionTransformer
 from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
 from training.flags import crop_ratio, positive_int, workers
-from utils import Parser, Ranks, entry_point, pick, printable, readable
+from utils import Parser, Ranks, entry_point, pick, printable
 
 
 def run_pack(args: Namespace) -> None:
@@ -51,7 +51,7 @@ def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
     data_set = evaluation.data_set_of(args.file, info, args.data_set, args.data_path)
     source = pick(DataSource, vars(args) | {'data_set': data_set, 'input_size': info.input_size})
     dataset = build_eval_dataset(source, info.num_classes)
-    evaluation.check_classes(args.file, info, data_set, readable(dataset.classes))
+    evaluation.check_classes(args.file, info, data_set, dataset.classes)
     loading = Loading(args.batch_size, args.num_workers, pin_mem=False)
     return build_eval_loader(evaluation.evenly_spread(dataset, args.limit), loading, Ranks(), torch.device('cpu'))
 

@@ -306,7 +306,7 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
 
 
 def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:
-    classes = utils.readable(dataset.classes)
+    classes = list(dataset.classes)
     return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set)
 
 
@@ -318,7 +318,7 @@ def evaluate(args: Namespace, setting: Setting) -> None:
     known = setting.checkpoint_info
     with data.rank_0_first(setting.ranks):
         dataset = data.build_eval_dataset(pick(data.DataSource, vars(args)), known.num_classes)
-    if known.classes not in (None, utils.readable(dataset.classes)):
+    if known.classes not in (None, dataset.classes):
         print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
     model = build_student(args, setting, len(dataset.classes))
     if not is_calibrated(model):
@@ -354,7 +354,7 @@ def train(args: Namespace, setting: Setting) -> None:
     loader, sampler = data.build_train_loader(dataset, loading, ranks, device)
     batches = len(sampler.sampler) // args.batch_size
     if setting.checkpoint_info is not None:
-        networks.check_same_classes(args.resume, setting.checkpoint_info, utils.readable(dataset.classes))
+        networks.check_same_classes(args.resume, setting.checkpoint_info, dataset.classes)
 
     utils.seed_everything(args.seed)  # alike on all ranks
     model = build_student(args, setting, len(dataset.classes))

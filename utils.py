@@ -185,6 +185,11 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         return
 
 
+def write_whole_text(path: str | Path, text: str) -> None:
+    """`write_whole` of a text."""
+    write_whole(path, lambda beside: beside.write_text(text, encoding='utf-8'))
+
+
 def _flush_to_disk(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:

@@ -1,11 +1,12 @@
 """The lines of a run's log.txt."""
 from __future__ import annotations
 
+from checkpoints.entries import MOST_EPOCHS
 from files.paths import parse_json
 
 __all__ = ['parse_epoch']
 
-MOST_EPOCHS, LARGEST = 10 ** 6, 10 ** 300
+LARGEST = 10 ** 300
 
 
 def parse_epoch(line: str) -> dict[str, int | float]:

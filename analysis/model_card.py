@@ -6,7 +6,6 @@ is kept.
 """
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ from analysis.cost import summary
 from analysis.logs import parse_epoch
 from checkpoints.networks import ModelInfo
 from files.paths import parse_json
-from utils import UserError, printable, write_whole
+from utils import UserError, printable, write_whole_text
 
 __all__ = ['write_model_card']
 
@@ -48,8 +47,8 @@ def write_model_card(directory: str | Path, model: nn.Module, info: ModelInfo, f
     card = _card(model, info, _plain(flags), _plain(defaults), _log(directory / 'log.txt'), images, epoch)
     card |= _record(directory / 'args.json')
     card |= {'checkpoint': checkpoint, 'commands': _commands(checkpoint, info.data_set)}
-    for name, text in (('model_card.json', json.dumps(card, indent=2) + '\n'), ('model_card.md', _markdown(card))):
-        write_whole(directory / name, functools.partial(Path.write_text, data=text, encoding='utf-8'))
+    write_whole_text(directory / 'model_card.json', json.dumps(card, indent=2) + '\n')
+    write_whole_text(directory / 'model_card.md', _markdown(card))
 
 
 # --- what the card says -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints.descriptions import shown
 from utils import UserError
 
-__all__ = ['check_entries', 'check_moments']
+__all__ = ['MOST_EPOCHS', 'check_entries', 'check_moments']
 
 _Check = Callable[[Any], bool]
 MOST_EPOCHS = 10 ** 6

@@ -20,7 +20,7 @@ __all__ = ['output_folder']
 
 LOCK = '.lock'
 # What `utils.write_whole` names the files of a run while it writes them.
-NAMES = ('checkpoint.pth', 'best_checkpoint.pth', 'calibrated.pth', 'args.json', 'log.txt',
+NAMES = ('checkpoint.pth', 'best_checkpoint.pth', 'calibrated.pth', 'calibration.pth', 'args.json', 'log.txt',
          'model_card.json', 'model_card.md')
 HALF_WRITTEN = re.compile(rf'\.({"|".join(map(re.escape, NAMES))})\.[0-9a-f]+')
 _held: set[int] = set()

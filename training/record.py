@@ -17,7 +17,7 @@ from analysis.model_card import write_model_card
 from checkpoints.networks import ModelInfo
 from training.diagnostics import Diagnostics, warning_lines
 from training.state import Training
-from utils import MetricLogger, UserError, write_whole
+from utils import MetricLogger, UserError, write_whole_text
 
 __all__ = ['RunRecord', 'describe_run', 'keep_log_before', 'write_args']
 
@@ -45,7 +45,7 @@ def write_args(run: Mapping[str, Any], folder: Path) -> None:
         UserError: it cannot be written.
     """
     try:
-        _write_text(folder / 'args.json', json.dumps(run, indent=2) + '\n')
+        write_whole_text(folder / 'args.json', json.dumps(run, indent=2) + '\n')
     except OSError as error:
         raise UserError(f'--output_dir {folder} cannot be written ({error.strerror}): choose another') from error
 
@@ -60,11 +60,7 @@ def keep_log_before(path: Path, epoch: int) -> None:
 
     if path.is_file():
         lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-        _write_text(path, ''.join(f'{line}\n' for line in lines if is_kept(line)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda beside: beside.write_text(text, encoding='utf-8'))
+        write_whole_text(path, ''.join(f'{line}\n' for line in lines if is_kept(line)))
 
 
 def _event_writer(folder: Path, purge_step: int) -> Any:
@@ -129,7 +125,7 @@ class RunRecord:
         entry = stats | {'epoch': self.training.epoch, 'n_parameters': self.training.n_parameters}
         path = self.folder / 'log.txt'
         before = path.read_text(encoding='utf-8') if path.is_file() else ''
-        _write_text(path, f'{before}{json.dumps(entry)}\n')  # whole: a run may be killed at any time
+        write_whole_text(path, f'{before}{json.dumps(entry)}\n')  # whole: a run may be killed at any time
 
     def _write_tensorboard(self, test_stats: dict[str, float], quantizers: dict[str, dict[str, float]]) -> None:
         for name, value in test_stats.items():
