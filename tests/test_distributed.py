@@ -65,18 +65,20 @@ def test_ranks_end_alike(whole):
     assert '"effective_batch": 256, "scaled_lr": 0.005' in said
 
 
+def signal_one() -> None:
+    """Within rank 1, lets SIGTERM come after the second update."""
+    update, calls = Training.update, []
+
+    def update_and_signal(self, *args):
+        update(self, *args)
+        calls.append(None)
+        if os.environ['RANK'] == '1' and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Training.update = update_and_signal
+
+
 def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
-    def signal_one():
-        update, calls = Training.update, []
-
-        def update_and_signal(self, *args):
-            update(self, *args)
-            calls.append(None)
-            if os.environ['RANK'] == '1' and len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        Training.update = update_and_signal
-
     # They agree at the next log line.
     ranks = fork_ranks(tmp_path, *flags, '--output_dir', tmp_path, '--print-freq', '3', prepare=signal_one)
     assert 'stopped by a signal in epoch 0 after batch 4 of 5' in ranks[0].stdout.read_text()
@@ -90,15 +92,7 @@ def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
 def test_ranks_stop_by_time_however_rare_log_lines_are(tmp_path):
     def signal_one_and_ask_often():
         signals.ASK_EVERY = 0.
-        update, calls = Training.update, []
-
-        def update_and_signal(self, *args):
-            update(self, *args)
-            calls.append(None)
-            if os.environ['RANK'] == '1' and len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        Training.update = update_and_signal
+        signal_one()
 
     ranks = fork_ranks(tmp_path, *TINY, '--epochs', 1, '--output_dir', tmp_path, '--print-freq', 1000,
                        prepare=signal_one_and_ask_often)

@@ -49,7 +49,8 @@ def test_workers_that_outlive_their_run_do_not_hold_its_folder(tmp_path):
 
 
 def test_what_a_killed_run_left_goes(tmp_path):
-    left = '.checkpoint.pth.4711', '.best_checkpoint.pth.0a1b2c3d', '.log.txt.deadbeef', '.args.json.1', '.calibration.pth.ab12'
+    left = ('.checkpoint.pth.4711', '.best_checkpoint.pth.0a1b2c3d', '.calibration.pth.ab12', '.log.txt.deadbeef',
+            '.args.json.1')
     kept = '.checkpoint.pth.backup', 'checkpoint.pth', '.model.safetensors.12ab', '.lock'
     for name in (*left, *kept[:3]):
         (tmp_path / name).touch()
