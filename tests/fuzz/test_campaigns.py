@@ -11,6 +11,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]  # `tests` itself is no package that pytest would find
 
+pytest.importorskip('matplotlib')  # one of requirements-dev.txt, which the oldest versions are tested without
 from tests.fuzz import networks, pictures, texts  # noqa: E402
 from tests.fuzz.harness import ACCEPTED, HANG, MEMORY, REFUSED, TRACEBACK, run_campaign  # noqa: E402
 from utils import UserError  # noqa: E402
