@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from _quan_base import ActQ, Conv2dQ, LinearQ, is_calibrated
+from _quan_base import ActQ, Conv2dQ, LinearQ, is_calibrated, min_scale
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError
 
@@ -186,9 +186,11 @@ class IntLinear(nn.Module):
         channels, inputs = layer.weight.shape[1], codes.shape[1]
         in_scale, zero, self.levels = UnsignedCodes.of(layer.act, channels)
         in_scale, zero = (value.cpu().repeat_interleave(inputs // channels) for value in (in_scale, zero))
-        self.exact = bool((in_scale == in_scale[0]).all()) and layer.weight_bits <= 8
+        # A channel whose scale is the least that there is gives nothing: it asks for no scale of its own.
+        used = in_scale > min_scale(layer.act.alpha.dtype)
+        self.exact = bool((in_scale == in_scale.max())[used].all()) and layer.weight_bits <= 8
         if self.exact:
-            weight, scale = codes.to(torch.int8)[None], (out_scale * in_scale[0])[None]
+            weight, scale = (codes * used).to(torch.int8)[None], (out_scale * in_scale.max())[None]
         else:
             weight, scale = fold_weight(codes * in_scale, terms)
             scale = scale * out_scale

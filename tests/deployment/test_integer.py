@@ -7,7 +7,7 @@ from helpers import SHARED
 from torchvision.datasets.folder import pil_loader
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import Conv2dQ, LinearQ
+from _quan_base import ActQ, Conv2dQ, LinearQ
 from calibration.first_batch import calibrate
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
@@ -127,6 +127,19 @@ def test_one_scale_per_tensor_is_exact(bits, kind):
         codes = torch.nn.functional.unfold(codes.double(), 4, stride=4).mT.to(torch.uint8)  # (B, patches, C h w)
         y = y.flatten(2).mT
     assert relative_error(integer(codes), y) < RELATIVE
+
+
+def test_channels_that_give_nothing_leave_the_others_exact():
+    layer, x = linear(4, weight_bits=4, granularity='tensor')
+    one, layer.act = layer.act, ActQ(x.shape[-1], 4).double()
+    layer.act.set_qparams(one.scale.expand(x.shape[-1]), one.zero_point.expand(x.shape[-1]), one.signed_codes)
+    with torch.no_grad():
+        layer.act.alpha[3] = 0
+    layer.eval()
+    integer = IntLinear(layer, 1).double()
+    codes = (layer.act.to_int(x) - layer.act.code_range[0]).to(torch.uint8)
+    assert integer.exact and not integer.weight[0, :, 3].any()
+    assert relative_error(integer(codes), layer(x).detach()) < 1e-6  # a code of it stands for 1e-8
 
 
 @pytest.mark.parametrize('bits', [2, 4, 8])
