@@ -131,9 +131,9 @@ def get_args_parser() -> ArgumentParser:
     add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
     add('--soft-labels', default='', metavar='FILE', help="a teacher's answers for crops of the training images, as "
         'soft_labels.py stores them, instead of a teacher; no other augmentation applies')
-    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head learns '
-        "the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next to nothing; "
-        'both: both heads learn its probabilities')
+    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head (or the '
+        "only one) learns the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next "
+        'to nothing; both: all heads learn its probabilities')
     add('--distillation-alpha', default=0.5, type=flags.share, help='share of distillation; 1: labels are unused')
     add('--distillation-tau', default=1.0, type=flags.positive)
     add('--dgd-weight', type=flags.non_negative, help='weight of distribution-guided distillation; unless given, 1 '

@@ -17,6 +17,7 @@ import quant_vision_transformer  # noqa: F401  registers the quantized ones
 from checkpoints.building import check_described, create_network
 from checkpoints.descriptions import ModelInfo, check_registered
 from checkpoints.files import local_file, read_checkpoint
+from checkpoints.full_precision import count_prefix_tokens, positions_of_prefix
 from checkpoints.packed import is_packed, read_packed
 from checkpoints.states import load_quantized, state_of
 from utils import UserError
@@ -125,5 +126,6 @@ def _input_size(state: dict[str, Tensor]) -> int:
     positions, filters = state.get('pos_embed'), state.get('patch_embed.proj.weight')
     if positions is None or filters is None or positions.ndim != 3 or filters.ndim != 4:
         return 224
-    prefix = sum(name in state for name in ('cls_token', 'dist_token'))
-    return max(1, round(max(0, positions.shape[1] - prefix) ** 0.5)) * filters.shape[-1]
+    prefix = count_prefix_tokens(state)
+    patches = positions.shape[1] - positions_of_prefix(positions.shape[1], prefix)
+    return max(1, round(max(0, patches) ** 0.5)) * filters.shape[-1]

@@ -193,6 +193,9 @@ def settle_dgd_weight(weight: float | None, student: nn.Module, teacher: nn.Modu
         print(f'--dgd-weight {weight:g}: ' + (reason or 'the layers and heads of the teacher match'))
     elif reason:
         raise UserError(f'--dgd-weight {weight:g} cannot be used, {reason}: pass --dgd-weight 0')
+    ours, theirs = (getattr(network, 'num_prefix_tokens', 1) for network in (student, teacher))
+    if weight and ours != theirs:
+        print(f'DGD compares the patch tokens alone: the student has {ours} before them, the teacher {theirs}')
     return weight
 
 
@@ -207,6 +210,9 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
     Raises:
         UserError: tokens are to be compared, but the student is not quantized, or differs in depth or width.
     """
+    if distillation.distillation_type != 'none' and not hasattr(student, 'head_dist'):
+        print(f'--distillation-type {distillation.distillation_type}: the student has one head, which learns from the '
+              'labels and from the teacher')
     if mixing.active:
         base = SoftTargetCrossEntropy()
     else:
