@@ -210,7 +210,8 @@ class QVisionTransformer(VisionTransformer):
             if value is not None and value != only:
                 raise ValueError(f'{name}={value!r} is not an option of the quantized network')
         quant = QuantConfig(weight_bits, act_bits, act_granularity, irm, quantize_attn)
-        _check_pooling(kwargs.get('global_pool', 'token'), kwargs.get('class_token', True))
+        _check_pooling(kwargs.get('global_pool', 'token'), kwargs.get('class_token', True),
+                       kwargs.get('num_classes', 1000))
         super().__init__(*args, block_fn=partial(QBlock, quant=quant),
                          embed_layer=partial(QPatchEmbed, quant=quant), **kwargs)
         self.quant = quant
@@ -225,10 +226,30 @@ class QVisionTransformer(VisionTransformer):
         """Tokens after the last norm, (B, N, dim) -> what each of the heads is given, (B, dim)."""
         return self.fc_norm(self.pool(x)),
 
+    @property
+    def tokens_of_heads(self) -> tuple[range, ...]:
+        """The tokens whose mean each of the heads reads."""
+        if self.global_pool == 'token':
+            return range(1),
+        prefix = self.num_prefix_tokens
+        return range(0 if self.pool_include_prefix else prefix, prefix + self.patch_embed.num_patches),
+
+    @torch.no_grad()
+    def constant_embeddings(self) -> tuple[Tensor, Tensor]:
+        """What `embed` adds whatever the image: the prefix tokens with their positions, and the positions of patches.
+
+        Returns:
+            (1, prefix tokens, dim) and (1, patches, dim), before a norm of the embeddings; no dropout may be active.
+        """
+        rows, columns = self.patch_embed.grid_size
+        places = (rows, columns) if self.dynamic_img_size else (rows * columns,)
+        embedded = self._pos_embed(self.pos_embed.new_zeros(1, *places, self.embed_dim))
+        prefix, positions = embedded.tensor_split([self.num_prefix_tokens], dim=1)
+        return prefix, positions
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for `num_classes` classes, 8 bits as before and not calibrated; none for 0."""
-        if global_pool:
-            _check_pooling(global_pool, self.has_class_token)
+        _check_pooling(self.global_pool if global_pool is None else global_pool, self.has_class_token, num_classes)
         super().reset_classifier(num_classes, global_pool)
         self.head = self._new_head()
 
@@ -275,7 +296,9 @@ class QVisionTransformer(VisionTransformer):
         return self.forward_head(x), outputs
 
 
-def _check_pooling(global_pool: str, has_class_token: bool) -> None:
+def _check_pooling(global_pool: str, has_class_token: bool, num_classes: int) -> None:
+    if global_pool == '' and num_classes == 0:  # all tokens, for other heads than these
+        return
     if global_pool not in POOLINGS or global_pool == 'token' and not has_class_token:
         raise ValueError(f"global_pool={global_pool!r} with class_token={has_class_token} is not an option of the "
                          "quantized network: choose 'token' with a class token, or 'avg'")
@@ -303,6 +326,10 @@ class QVisionTransformerDistilled(QVisionTransformer, VisionTransformerDistilled
 
     def head_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         return x[:, 0], x[:, 1]
+
+    @property
+    def tokens_of_heads(self) -> tuple[range, ...]:
+        return range(1), range(1, 2)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for `num_classes` classes, 8 bits as before and not calibrated; none for 0."""

@@ -4,6 +4,7 @@ kinds, calibrated, trained and deployed."""
 import pytest
 import timm
 import torch
+from helpers import FORMS
 from torch import nn
 
 import quant_vision_transformer  # noqa: F401  registers the variants
@@ -17,16 +18,6 @@ from checkpoints.full_precision import load_full_precision
 from utils import UserError
 
 SMALL = {'img_size': 32, 'patch_size': 8, 'embed_dim': 48, 'depth': 2, 'num_heads': 3, 'num_classes': 10}
-FORMS = {  # of timm's VisionTransformer
-    'vit': {}, 'layer scale': {'init_values': 0.1}, 'patch 14': {'patch_size': 14, 'img_size': 28},
-    'patch 16': {'patch_size': 16}, 'patch 32': {'patch_size': 32, 'img_size': 64},
-    'registers': {'reg_tokens': 4, 'init_values': 0.1}, 'deit3': {'no_embed_class': True, 'init_values': 1e-6},
-    'dinov2 registers': {'no_embed_class': True, 'reg_tokens': 4, 'init_values': 1e-5},
-    'average': {'global_pool': 'avg'}, 'average without class token': {'global_pool': 'avg', 'class_token': False},
-    'gap with registers': {'global_pool': 'avg', 'class_token': False, 'no_embed_class': True, 'reg_tokens': 4},
-    'average of normalized tokens': {'global_pool': 'avg', 'fc_norm': False},
-    'average of all tokens': {'global_pool': 'avg', 'pool_include_prefix': True},
-    'clip': {'pre_norm': True}, 'normalized class token': {'fc_norm': True}}
 EVERY_FORM = pytest.mark.parametrize('form', FORMS)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
