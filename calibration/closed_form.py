@@ -282,7 +282,7 @@ def fit_heads(model: QVisionTransformer, x: Tensor) -> None:
 
 def check_kind(model: nn.Module) -> None:
     """Refuses networks that have no full-precision network behind them."""
-    if not isinstance(model, QVisionTransformer):
+    if not hasattr(model, 'head_inputs'):
         raise UserError(f'{type(model).__name__} is no quantized vision transformer: use --calibration published')
 
 

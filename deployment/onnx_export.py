@@ -21,6 +21,7 @@ from torch import Tensor
 
 from checkpoints.networks import ModelInfo
 from deployment.integer import IntAttention, IntBlock, IntegerViT, IntLinear
+from models import is_quantized
 from quant_vision_transformer import QVisionTransformer
 from utils import UserError, write_whole
 
@@ -265,7 +266,7 @@ def _checked_opset(opset: int | None, weights: str, has_codes: bool) -> int:
 
 def _check_full_precision(model: VisionTransformer) -> None:
     """Refuses the forms of timm's VisionTransformer that no DeiT has."""
-    if isinstance(model, QVisionTransformer):
+    if is_quantized(model):
         raise UserError('a fake-quantized network is exported as the IntegerViT made of it')
     block = model.blocks[0]
     identities = ('norm_pre', 'fc_norm', 'patch_embed.norm',

@@ -1,14 +1,21 @@
 """Networks with one head: equal to timm's own with the quantizers off, close at 8 bits, started from weights of all
 kinds, calibrated, trained and deployed."""
 
+import json
+import re
+
 import pytest
 import timm
 import torch
-from helpers import FORMS
+from helpers import FORMS, TINY, run
 from torch import nn
 
+import cost
+import deploy
 import quant_vision_transformer  # noqa: F401  registers the variants
 from _quan_base import ActQ, LinearQ, is_calibrated, named_quantizers
+from analysis.codes import code_statistics
+from analysis.inspection import attention_distances, class_token_maps
 from calibration.closed_form import calibrate_to_full_precision
 from calibration.first_batch import calibrate
 from calibration.full_precision import FullPrecision, fold_layer_scale
@@ -292,3 +299,45 @@ def test_every_calibration(form, way):
     with torch.no_grad():
         error = relative(model.eval()(x), net(x))
     assert error < (1. if way == 'published' else 0.3)
+
+
+def test_the_attention_that_is_drawn_is_that_of_the_class_token():
+    model, x = quantized('registers'), images('registers')
+    calibrate(model, x)
+    assert class_token_maps(model, x, 0).shape == (4, 3, 4, 4)
+    headless = quantized('gap with registers')
+    calibrate(headless, x)
+    with pytest.raises(UserError, match='no class token'):
+        class_token_maps(headless, x, 0)
+    assert attention_distances(headless, x).shape == (2, 3)
+    assert set(code_statistics(headless, x)) == {name for name, _ in named_quantizers(headless)}
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.whole_run
+@pytest.mark.parametrize('options', [(), ('no_embed_class=True', 'init_values=1e-3', 'global_pool=avg',
+                                          'fc_norm=False')])
+def test_from_full_precision_to_a_packed_file(teacher_path, tmp_path, capsys, options):
+    """The teacher has two tokens: the student takes the class token's, and DGD compares patches."""
+    flags = (*TINY, *(('--model-kwargs', *options) if options else ()))
+    assert run(*flags, '--model', 'fourbits_vit_tiny_patch16_224', '--finetune', teacher_path, '--teacher-path',
+               teacher_path, '--distillation-type', 'hard', '--epochs', 2, '--lr', '2e-2', '--output_dir',
+               tmp_path / 'out') == 0
+    said = capsys.readouterr().out
+    assert '--distillation-type hard: the student has one head, which learns from the labels and from the' in said
+    assert 'DGD compares the patch tokens alone: the student has 1 before them, the teacher 2' in said
+    log = [json.loads(line) for line in (tmp_path / 'out' / 'log.txt').read_text().splitlines()]
+    assert log[-1]['test_acc1'] > 30 and log[-1]['train_loss_dgd_q'] > 0
+    assert 'fourbits_vit_tiny_patch16_224' in (tmp_path / 'out' / 'model_card.md').read_text()
+
+    best, packed = tmp_path / 'out' / 'best_checkpoint.pth', tmp_path / 'net.safetensors'
+    assert run('--eval', '--resume', best, '--device', 'cpu', '--num_workers', 0) == 0
+    accuracy = re.search(r'\* Acc@1 (\S+)', capsys.readouterr().out)[1]
+    assert deploy.main(['pack', str(best), '--output', str(packed)]) == 0
+    assert deploy.main(['eval', str(packed), '--arithmetic', 'float', '--num-workers', '0']) == 0
+    assert f'* Acc@1 {accuracy}' in capsys.readouterr().out
+    assert deploy.main(['eval', str(packed), '--arithmetic', 'int8x2', '--backend', 'torch', '--num-workers', '0']) == 0
+    assert abs(float(re.search(r'\* Acc@1 (\S+)', capsys.readouterr().out)[1]) - float(accuracy)) < 2
+    assert cost.main(['--checkpoint', str(best), '--packed', str(packed)]) == 0

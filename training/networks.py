@@ -20,8 +20,7 @@ from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, create_network, load_quantized, network_info, state_of
 from losses import Distillation, DistillationLoss, check_dgd_compatible
-from models import Teacher
-from quant_vision_transformer import QVisionTransformer
+from models import Teacher, is_quantized
 from training.data import Mixing
 from utils import UserError, rng_states, set_rng_state
 
@@ -137,7 +136,7 @@ def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size
     head = state_of(checkpoint).get('head.weight')
     if head is not None:
         _check_classes(path, len(head), num_classes, data_set)
-    if isinstance(teacher, QVisionTransformer):
+    if is_quantized(teacher):
         load_quantized(teacher, checkpoint)
         return teacher
     for note in load_full_precision(teacher, checkpoint):
@@ -186,7 +185,7 @@ def settle_dgd_weight(weight: float | None, student: nn.Module, teacher: nn.Modu
     """
     if teacher is None or weight == 0:
         return weight or 0.
-    reason = None if isinstance(student, QVisionTransformer) else f'student {name} is not quantized'
+    reason = None if is_quantized(student) else f'student {name} is not quantized'
     reason = reason or check_dgd_compatible(student, teacher)
     if weight is None:
         weight = 0. if reason else 1.
@@ -219,7 +218,7 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
         base = LabelSmoothingCrossEntropy(mixing.smoothing) if mixing.smoothing else nn.CrossEntropyLoss()
     compares_tokens = distillation.token_weight > 0
     if compares_tokens:
-        if not isinstance(student, QVisionTransformer):
+        if not is_quantized(student):
             raise UserError(f'--token-weight {distillation.token_weight}: {type(student).__name__} does not give the '
                             'outputs of its blocks, pass 0 or choose a quantized network')
         blocks = [[getattr(net, 'embed_dim', None)] * len(getattr(net, 'blocks', [])) for net in (student, teacher)]
