@@ -3,11 +3,13 @@ kinds, calibrated, trained and deployed."""
 
 import json
 import re
+import runpy
+import sys
 
 import pytest
 import timm
 import torch
-from helpers import FORMS, TINY, run
+from helpers import FORMS, ROOT, TINY, run
 from torch import nn
 
 import cost
@@ -21,7 +23,9 @@ from calibration.first_batch import calibrate
 from calibration.full_precision import FullPrecision, fold_layer_scale
 from calibration.importance import fisher_information, information_root, weighted_error
 from calibration.reconstruction import Reconstruction, reconstruct
+from checkpoints.files import write_checkpoint
 from checkpoints.full_precision import load_full_precision
+from checkpoints.networks import ModelInfo, open_features
 from utils import UserError
 
 SMALL = {'img_size': 32, 'patch_size': 8, 'embed_dim': 48, 'depth': 2, 'num_heads': 3, 'num_classes': 10}
@@ -341,3 +345,61 @@ def test_from_full_precision_to_a_packed_file(teacher_path, tmp_path, capsys, op
     assert deploy.main(['eval', str(packed), '--arithmetic', 'int8x2', '--backend', 'torch', '--num-workers', '0']) == 0
     assert abs(float(re.search(r'\* Acc@1 (\S+)', capsys.readouterr().out)[1]) - float(accuracy)) < 2
     assert cost.main(['--checkpoint', str(best), '--packed', str(packed)]) == 0
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def maps_of(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What each block gives for the patches, in their places."""
+    grid = model.patch_embed.grid_size
+    return [block.tokens[:, model.num_prefix_tokens:].mT.unflatten(2, grid)
+            for block in model(x, return_blocks=True)[1]]
+
+
+@EVERY_FORM
+def test_feature_maps_have_their_stride_and_are_those_of_the_quantized_network(form):
+    whole, x = quantized(form), images(form)
+    calibrate(whole, x)
+    net, patch = quantized(form, features_only=True, out_indices=(0, 1)), (SMALL | FORMS[form])['patch_size']
+    assert net.model.load_state_dict(whole.state_dict(), strict=False).missing_keys == []
+    assert net.feature_info.channels() == [48, 48] and net.feature_info.reduction() == [patch, patch]
+    found, expected = net(x), maps_of(whole, x)
+    assert is_calibrated(net) and found[0].shape == (4, 48, x.shape[2] // patch, x.shape[3] // patch)
+    assert len(found) == 2 and all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize('family', ['deit', 'vit'])
+def test_features_of_a_file(family, tmp_path):
+    name, options = f'fourbits_{family}_tiny_patch16_224', {'depth': 4, 'embed_dim': 48, 'patch_size': 8}
+    model = timm.create_model(name, img_size=32, num_classes=10, **options).eval()
+    x = images().float()
+    calibrate(model, x)
+    write_checkpoint({'model': model.state_dict(), 'qvit': ModelInfo(name, options, 10, 32).to_dict()},
+                     tmp_path / 'net.pth')
+    for indices, blocks in ((2, (2, 3)), ((0, 2), (0, 2)), ([-1], (3,))):
+        info, net, _ = open_features(tmp_path / 'net.pth', out_indices=indices)
+        assert info.model == name and not net.training and is_calibrated(net)
+        found, expected = net(x), maps_of(model, x)
+        assert len(found) == len(blocks) and net.feature_info.reduction() == [8] * len(blocks)
+        assert all(torch.equal(feature, expected[block]) for feature, block in zip(found, blocks, strict=True))
+    with pytest.raises(UserError, match='cannot be built'):
+        open_features(tmp_path / 'net.pth', out_indices=[7])
+
+
+@pytest.mark.whole_run
+@pytest.mark.parametrize('family', ['deit', 'vit'])
+def test_the_example_trains_a_linear_head_on_frozen_features(family, tmp_path, capsys, monkeypatch):
+    info = ModelInfo(f'fourbits_{family}_tiny_patch16_224', {'depth': 3, 'embed_dim': 96, 'patch_size': 4}, 10, 16)
+    torch.manual_seed(0)
+    model = timm.create_model(info.model, img_size=16, num_classes=10, **info.kwargs)
+    calibrate(model, torch.randn(16, 3, 16, 16))
+    write_checkpoint({'model': model.state_dict(), 'qvit': info.to_dict()}, tmp_path / 'net.pth')
+    main = runpy.run_path(str(ROOT / 'examples' / 'linear_head.py'))['main']
+    monkeypatch.setattr(sys, 'argv', ['linear_head.py', '--resume', str(tmp_path / 'net.pth'), '--epochs', '30'])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert '192 features of blocks with stride 4' in said
+    assert float(re.search(r'(\S+)%', said)[1]) > 40  # of a network that was never trained; chance is 10
+    monkeypatch.setattr(sys, 'argv', ['linear_head.py', '--resume', str(tmp_path / 'missing.pth')])
+    assert main() == 2 and capsys.readouterr().err.count('\n') == 1
