@@ -4,9 +4,11 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -21,13 +23,18 @@ __all__ = ['adapt_full_precision', 'count_prefix_tokens', 'load_full_precision',
 _logger = logging.getLogger(__name__)
 
 
-def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:
+def load_full_precision(model: nn.Module, checkpoint: dict, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+                        std: Sequence[float] = IMAGENET_DEFAULT_STD) -> list[str]:
     """Starts a network from a checkpoint of DeiT, DeiT III, ViT or DINO: of another class count or resolution, with or
     without distillation, LayerScale, positions of the class token, or a head.
 
     Its quantizers are left uncalibrated. A quantized checkpoint is taken too, for a start with fewer bits (4 -> 3 ->
     2). Where it describes its network, the quantized weights are taken, because these are what that network computes
     with. Biases and IRM come with them, scales do not.
+
+    Args:
+        mean, std: with which the checkpoint's images were normalized, by colour from 0 to 1. The patch embedding is
+            made to compute the same from images that are normalized with ImageNet's, as all are here.
 
     Returns:
         What had to be adapted, a line each.
@@ -37,9 +44,36 @@ def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:
             checkpoint computes what quantized ones do not (gated MLPs, normalized queries), or not with these options.
     """
     given, notes = _of_more_bits(checkpoint) if 'qvit' in checkpoint else (state_of(checkpoint), [])
+    if (tuple(mean), tuple(std)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        given = _renormalized(given, mean, std)
+        notes.append("the patch embedding takes over the images' other mean and deviation")
     state, adapted = _adapt(given, model)
     model.load_state_dict(state)
     return notes + adapted
+
+
+def _renormalized(state: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
+    """The weights that compute from x = (p - M) / S, with ImageNet's M and S, what these do from (p - mean) / std.
+
+    That is x S / std + (M - mean) / std: a factor for each colour, and what goes into the bias. Without one it goes
+    into the positions of the patches.
+    """
+    weight = state.get('patch_embed.proj.weight')
+    if weight is None or weight.ndim != 4 or weight.shape[1] != len(mean):
+        raise UserError(f'--finetune-mean and --finetune-std are of {len(mean)} colours: the checkpoint has no patch '
+                        'embedding of these')
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    mean, std, ours, spread = (torch.tensor(values).to(weight).view(-1, 1, 1) for values in (
+        mean, std, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    offset = (weight * ((ours - mean) / std)).sum((1, 2, 3))
+    changed = {'patch_embed.proj.weight': weight * (spread / std)}
+    if 'patch_embed.proj.bias' in state:
+        changed['patch_embed.proj.bias'] = state['patch_embed.proj.bias'] + offset
+    elif 'pos_embed' in state and state['pos_embed'].ndim == 3:
+        positions = state['pos_embed'].to(weight.dtype).clone()
+        positions[:, positions_of_prefix(positions.shape[1], count_prefix_tokens(state)):] += offset
+        changed['pos_embed'] = positions
+    return state | changed
 
 
 def _of_more_bits(checkpoint: dict) -> tuple[dict[str, Tensor], list[str]]:
