@@ -284,6 +284,8 @@ def check_kind(model: nn.Module) -> None:
     """Refuses networks that have no full-precision network behind them."""
     if not hasattr(model, 'head_inputs'):
         raise UserError(f'{type(model).__name__} is no quantized vision transformer: use --calibration published')
+    if any(block.attn.qkv.bias is None for block in model.blocks):
+        raise UserError('qkv_bias=False: the fits move part of q, k and v into a bias, use --calibration published')
 
 
 @torch.no_grad()

@@ -319,6 +319,16 @@ def test_every_calibration(form, way):
     assert error < (1. if way == 'published' else 0.3)
 
 
+@pytest.mark.parametrize('name', ['fourbits_deit_tiny_patch16_224', 'fourbits_vit_tiny_patch16_224'])
+@pytest.mark.parametrize('fit', [calibrate_to_full_precision, reconstruct])
+def test_fits_need_a_bias_of_queries_keys_and_values(name, fit):
+    model, x = quantized(name=name, qkv_bias=False), images('vit', 16)
+    with pytest.raises(UserError, match='qkv_bias=False'):
+        fit(model, x)
+    calibrate(model, x)
+    assert model(x).isfinite().all()
+
+
 def test_the_attention_that_is_drawn_is_that_of_the_class_token():
     model, x = quantized('registers'), images('registers')
     calibrate(model, x)
