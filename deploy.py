@@ -31,7 +31,7 @@ from datasets import DATASETS, build_transform
 from deployment import evaluation, packing, predictor
 from deployment.integer import IntegerViT
 from engine import evaluate
-from quant_vision_transformer import QVisionTransformer
+from models import is_quantized
 from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
 from training.flags import crop_ratio, positive_int, workers
 from utils import Parser, Ranks, entry_point, pick, printable
@@ -89,7 +89,7 @@ def run_onnx(args: Namespace) -> None:
     from deployment.onnx_export import export_onnx  # no other command needs onnx
 
     info, model, _ = open_network(args.file, what=predictor.NAMED_BY)
-    if isinstance(model, QVisionTransformer):
+    if is_quantized(model):
         export_onnx(IntegerViT(model), args.output, weights=args.weights, quantized=model, info=info)
     else:
         export_onnx(model, args.output, info=info)

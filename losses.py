@@ -3,11 +3,11 @@
     loss = (1 - alpha) * cls + alpha * distill + dgd_weight * (dgd_q + dgd_k) + token_weight * tokens
 
 Hard and soft distillation follow DeiT (Touvron et al., 2021, arXiv 2012.12877): the distillation head learns from the
-teacher, the class head from the labels. 'both' is for a student that is to equal its teacher, as a quantized network
-that starts from the teacher's own weights: both heads learn from its logits. DGD is that of Q-ViT (Li et al., 2022,
-arXiv 2210.06707): for every layer and head the Gram matrices q q^T and k k^T of the student's rectified queries and
-keys are pulled towards those of a full-precision teacher, each matrix divided by its Frobenius norm. Token distillation
-does so with the output of every block itself, for a student of the teacher's width.
+teacher, the class head from the labels; a single head learns from both. 'both' is for a student that is to equal its
+teacher, as a quantized network that starts from the teacher's own weights: all heads learn from its logits. DGD is that
+of Q-ViT (Li et al., 2022, arXiv 2210.06707): for every layer and head the Gram matrices q q^T and k k^T of the
+student's rectified queries and keys are pulled towards those of a full-precision teacher, each matrix divided by its
+Frobenius norm. Token distillation does so with the output of every block itself, for a student of the teacher's width.
 """
 from __future__ import annotations
 
@@ -126,7 +126,8 @@ def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student
     """Squared distance of the blocks' outputs, over the teacher's variance; mean over the blocks.
 
     Patch tokens, and special ones (each of the student's to the teacher's of that place, or its last), count alike: one
-    term for either. The gradient goes to the student alone.
+    term for either; where one of the networks has no special ones, patch tokens count alone. The gradient goes to the
+    student alone.
 
     Args:
         student, teacher: per block (B, N, D), with as many patch tokens behind the special ones.
@@ -135,9 +136,11 @@ def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student
     for ours, theirs in zip(student, teacher, strict=True):
         dtype = torch.promote_types(ours.dtype, torch.float32)
         ours, theirs = ours.to(dtype), theirs.detach().to(dtype)
-        special = theirs[:, [min(i, teacher_prefix_tokens - 1) for i in range(student_prefix_tokens)]]
-        for a, b in ((ours[:, student_prefix_tokens:], theirs[:, teacher_prefix_tokens:]),
-                     (ours[:, :student_prefix_tokens], special)):
+        pairs = [(ours[:, student_prefix_tokens:], theirs[:, teacher_prefix_tokens:])]
+        if student_prefix_tokens and teacher_prefix_tokens:
+            pairs += [(ours[:, :student_prefix_tokens],
+                       theirs[:, [min(i, teacher_prefix_tokens - 1) for i in range(student_prefix_tokens)]])]
+        for a, b in pairs:
             spread = (b - b.mean((0, 1))).square().mean().clamp_min(torch.finfo(b.dtype).tiny)
             terms.append((a - b).square().mean() / spread)
     return torch.stack(terms).sum() / len(student)
@@ -149,8 +152,8 @@ class Distillation:
 
     Attributes:
         distillation_type: 'none'; 'soft', T^2-scaled KL divergence to the teacher's logits; 'hard', cross-entropy with
-            the teacher's decision as the label; 'both', T^2-scaled KL divergence of an image, mean over the heads (soft
-            divides by the number of classes as well, which leaves it next to no weight).
+            the teacher's decision as the label, each of the last head; 'both', T^2-scaled KL divergence of an image,
+            mean over the heads (soft divides by the number of classes as well, which leaves it next to no weight).
         distillation_alpha: share of distillation, in [0, 1]; not used with 'none'.
         distillation_tau: temperature T.
         dgd_weight: weight of DGD; 0 leaves it out at no cost.
@@ -232,7 +235,7 @@ class DistillationLoss(nn.Module):
             apply, 'loss_distill', 'loss_dgd_q', 'loss_dgd_k', 'loss_tokens'.
 
         Raises:
-            UserError: distillation from a student without a distillation head, or a teacher with other classes.
+            UserError: distillation from a teacher with other classes.
         """
         weights, teacher_blocks = self.distillation, []
         logits = outputs if isinstance(outputs, Tensor) else outputs[0]
@@ -253,14 +256,11 @@ class DistillationLoss(nn.Module):
     def _of_logits(self, outputs: Tensor | Pair, labels: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
         """'loss', the weighted sum, and the parts that it is made of."""
         kind, alpha = self.distillation.distillation_type, self.distillation.distillation_alpha
-        is_pair = not isinstance(outputs, Tensor)
+        heads = (outputs,) if isinstance(outputs, Tensor) else outputs
         if kind == 'none':
-            cls = self.base_criterion((outputs[0] + outputs[1]) / 2 if is_pair else outputs, labels)
+            cls = self.base_criterion(sum(heads) / len(heads), labels)
             return {'loss': cls, 'loss_cls': cls}
-        if not is_pair:
-            raise UserError(f'--distillation-type {kind} needs a student with a distillation token, which returns two '
-                            'heads: choose one, or pass --distillation-type none')
-        cls, distill = self.base_criterion(outputs[0], labels), self._distill(*outputs, teacher_logits)
+        cls, distill = self.base_criterion(heads[0], labels), self._distill(heads, teacher_logits)
         return {'loss': (1 - alpha) * cls + alpha * distill, 'loss_cls': cls, 'loss_distill': distill}
 
     def _of_blocks(self, student: Sequence[BlockOutputs], teacher: list[BlockOutputs]) -> dict[str, Tensor]:
@@ -278,9 +278,10 @@ class DistillationLoss(nn.Module):
             loss = loss + weights.token_weight * parts['loss_tokens']
         return {'loss': loss} | parts
 
-    def _distill(self, logits: Tensor, dist_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def _distill(self, heads: Sequence[Tensor], teacher_logits: Tensor) -> Tensor:
         """Soft: T^2 KL(teacher || student) of logits / T, DeiT's sum over B and classes / (B * classes). Hard: CE.
-        Both: T^2 KL, mean over the images and the two heads."""
+        Both are of the last head. 'both': T^2 KL, mean over the images and the heads."""
+        dist_logits = heads[-1]
         if dist_logits.shape != teacher_logits.shape:
             raise UserError(f'the teacher has {teacher_logits.shape[-1]} classes, the student {dist_logits.shape[-1]}: '
                             'choose a teacher of the same data set, or pass --distillation-type none')
@@ -288,8 +289,8 @@ class DistillationLoss(nn.Module):
         if kind == 'hard':
             return F.cross_entropy(dist_logits, teacher_logits.argmax(dim=1))
         dtype = torch.promote_types(dist_logits.dtype, torch.float32)
-        students = (logits, dist_logits) if kind == 'both' else (dist_logits,)
+        students = heads if kind == 'both' else (dist_logits,)
         *students, teacher = (F.log_softmax(x.to(dtype) / tau, dim=1) for x in (*students, teacher_logits))
         divergence = sum(F.kl_div(student, teacher, reduction='sum', log_target=True) for student in students)
-        terms = 2 * len(teacher) if kind == 'both' else dist_logits.numel()
+        terms = len(heads) * len(teacher) if kind == 'both' else dist_logits.numel()
         return divergence * tau ** 2 / terms

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -131,9 +132,9 @@ def get_args_parser() -> ArgumentParser:
     add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
     add('--soft-labels', default='', metavar='FILE', help="a teacher's answers for crops of the training images, as "
         'soft_labels.py stores them, instead of a teacher; no other augmentation applies')
-    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head learns '
-        "the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next to nothing; "
-        'both: both heads learn its probabilities')
+    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head (or the '
+        "only one) learns the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next "
+        'to nothing; both: all heads learn its probabilities')
     add('--distillation-alpha', default=0.5, type=flags.share, help='share of distillation; 1: labels are unused')
     add('--distillation-tau', default=1.0, type=flags.positive)
     add('--dgd-weight', type=flags.non_negative, help='weight of distribution-guided distillation; unless given, 1 '
@@ -166,6 +167,10 @@ def get_args_parser() -> ArgumentParser:
     add('--output_dir', '--output-dir', default='', help='for checkpoints, log.txt, args.json and TensorBoard')
     add('--finetune', default='', metavar='FILE', help='checkpoint to start from: of full precision, or '
         'quantized to more bits (4 -> 3 -> 2)')
+    add('--finetune-mean', type=flags.share, nargs=3, metavar='M', help="by colour, what was taken from its images "
+        "(ImageNet's); 0.5 0.5 0.5 for timm's augreg ViT")
+    add('--finetune-std', type=flags.share_above_0, nargs=3, metavar='S', help="by colour, what they were divided by "
+        "(ImageNet's)")
     add('--resume', default='', metavar='FILE', help='checkpoint to continue; auto: that of --output_dir, if any')
     add('--start_epoch', '--start-epoch', default=0, type=flags.non_negative_int)
     add('--seed', default=0, type=flags.seed)
@@ -280,7 +285,9 @@ def build_student(args: Namespace, setting: Setting, num_classes: int) -> nn.Mod
     if setting.checkpoint is not None:
         load_quantized(model, setting.checkpoint)
     elif args.finetune:
-        for note in load_full_precision(model, read_checkpoint(args.finetune)):
+        for note in load_full_precision(model, read_checkpoint(args.finetune),
+                                        args.finetune_mean or IMAGENET_DEFAULT_MEAN,
+                                        args.finetune_std or IMAGENET_DEFAULT_STD):
             print(f'--finetune: {note}')
     ops.use(model, setting.implementation)
     return model.to(setting.device)

@@ -114,6 +114,11 @@ def _appending(values: list[Tensor]) -> Callable[..., None]:
     return keep
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether it is a quantized network, which gives what docs/architecture.md asks of one."""
+    return hasattr(model, 'quant')
+
+
 def timm_attentions(model: nn.Module) -> list[nn.Module] | None:
     """The attention modules of a timm vision transformer by layer, or None.
 

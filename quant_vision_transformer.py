@@ -1,14 +1,15 @@
-"""The fully quantized DeiT of Q-ViT (Li et al., NeurIPS 2022, arXiv 2210.06707), registered with timm.
+"""The fully quantized vision transformers of Q-ViT (Li et al., NeurIPS 2022, arXiv 2210.06707), registered with timm.
 
-The network is timm's distilled DeiT with a quantized patch embedding, quantized blocks and quantized heads. A block:
+They are timm's, the distilled DeiT of the paper with two tokens and heads and the ViT with one head, with a quantized
+patch embedding, quantized blocks and quantized heads. A block:
 
     Q-Attention   q, k, v = LinearQ(x) per head; q~ = LN(q), k~ = LN(k) (IRM);
                   A = softmax(q~_hat k~_hat^T / sqrt(d)); LinearQ(A_hat v_hat)
     Q-MLP         LinearQ(clip(GELU(LinearQ(x)), -10, 10))
 
 IRM shifts and scales q and k so that their codes carry the most information: a LayerNorm of the head dimension, shared
-by the heads, whose affine parameters are learned. LayerNorms, softmax, GELU, residual sums, embeddings and biases stay
-in full precision; the patch embedding and the heads have 8 bits whatever the bits of the blocks.
+by the heads, whose affine parameters are learned. LayerNorms, LayerScale, softmax, GELU, residual sums, embeddings and
+biases stay in full precision; the patch embedding and the heads have 8 bits whatever the bits of the blocks.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, PatchEmbed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,14 +32,18 @@ from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ, named_quantizers
 from checkpoints.full_precision import adapt_full_precision
 from models import BlockOutputs
 
-__all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QuantConfig']  # and every variant
+__all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QVisionTransformerDistilled',
+           'QuantConfig']  # and every variant
 
 EDGE_BITS = 8  # patch embedding and heads
-FIXED_OPTIONS = {  # of timm's VisionTransformer, with the only value that this network has
-    'act_layer': None, 'attn_layer': None, 'block_fn': None, 'class_token': True, 'embed_layer': None, 'fc_norm': False,
-    'global_pool': 'token', 'init_values': None, 'mlp_layer': None, 'no_embed_class': False, 'pos_embed': 'learn',
-    'pre_norm': False, 'proj_bias': True, 'qk_norm': False, 'reg_tokens': 0, 'scale_attn_norm': False,
-    'scale_mlp_norm': False}
+POOLINGS = ('token', 'avg')
+FIXED_OPTIONS = {  # of timm's VisionTransformer, with the only value that these networks have
+    'act_layer': None, 'attn_layer': None, 'block_fn': None, 'embed_layer': None, 'embed_norm_layer': None,
+    'final_norm': True, 'mlp_layer': None, 'pos_embed': 'learn', 'proj_bias': True, 'qk_norm': False,
+    'scale_attn_norm': False, 'scale_mlp_norm': False}
+FIXED_IF_DISTILLED = {
+    'class_token': True, 'fc_norm': False, 'global_pool': 'token', 'init_values': None, 'no_embed_class': False,
+    'pre_norm': False, 'reg_tokens': 0}
 QK = tuple[Tensor, Tensor]
 
 
@@ -137,20 +143,26 @@ class QBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, quant: QuantConfig, mlp_ratio: float = 4., qkv_bias: bool = True,
                  proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0.,
-                 norm_layer: type[nn.Module] = nn.LayerNorm, device=None, dtype=None, **timm_options) -> None:
+                 norm_layer: type[nn.Module] = nn.LayerNorm, init_values: float | None = None, device=None, dtype=None,
+                 **timm_options) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
+        if not isinstance(self.norm1, nn.LayerNorm):
+            raise ValueError(f'norm_layer {type(self.norm1).__name__} is not an option of the quantized network: '
+                             'choose LayerNorm')
         self.attn = QAttention(dim, num_heads, quant, qkv_bias, attn_drop, proj_drop, **dd)
+        self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = QMlp(dim, int(dim * mlp_ratio), quant, proj_drop, **dd)
+        self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
 
     def forward(self, x: Tensor, return_qk: bool = False) -> Tensor | tuple[Tensor, QK]:
         """Returns x, or (x, (q~, k~)) of the attention."""
         attended, qk = self.attn(self.norm1(x))
-        x = x + self.drop_path(attended)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(attended))
+        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return (x, qk) if return_qk else x
 
 
@@ -173,47 +185,78 @@ class QPatchEmbed(PatchEmbed):
         super().set_input_size(img_size=img_size)
 
 
-class QVisionTransformer(VisionTransformerDistilled):
-    """Fully quantized DeiT with a class and a distillation token.
+class QVisionTransformer(VisionTransformer):
+    """Fully quantized ViT with one head, on the class token or on the mean of the patch tokens.
 
-    In training it returns (logits, distillation logits), each (B, num_classes), in evaluation their mean.
-    `set_distilled_training(False)` makes it return the mean in training too.
+    What else reads it asks for the members that docs/architecture.md lists.
 
     Args:
         weight_bits, act_bits, act_granularity, irm, quantize_attn: see `QuantConfig`.
-        **kwargs: arguments of timm's VisionTransformer, as num_classes, img_size, drop_path_rate.
+        **kwargs: arguments of timm's VisionTransformer, as num_classes, img_size, drop_path_rate, init_values
+            (LayerScale), reg_tokens, global_pool.
 
     Attributes:
+        quant: what is quantized, and how.
         has_twin_tokens: the distillation token is a copy of the class token, from weights that have none; calibration
             then makes it one that changes nothing.
     """
+    fixed_options = FIXED_OPTIONS
     has_twin_tokens = False
 
     def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', irm: bool = True,
                  quantize_attn: bool = True, **kwargs) -> None:
-        for name, only in FIXED_OPTIONS.items():
+        for name, only in self.fixed_options.items():
             value = kwargs.pop(name, only)
             if value is not None and value != only:
                 raise ValueError(f'{name}={value!r} is not an option of the quantized network')
         quant = QuantConfig(weight_bits, act_bits, act_granularity, irm, quantize_attn)
+        _check_pooling(kwargs.get('global_pool', 'token'), kwargs.get('class_token', True),
+                       kwargs.get('num_classes', 1000))
         super().__init__(*args, block_fn=partial(QBlock, quant=quant),
                          embed_layer=partial(QPatchEmbed, quant=quant), **kwargs)
         self.quant = quant
-        self.patch_drop.num_prefix_tokens = self.num_prefix_tokens  # timm's would drop the distillation token, too
-        self.distilled_training = True
         self.reset_classifier(self.num_classes)
 
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """The classifiers, whose logits are averaged; identities without classes."""
+        return self.head,
+
+    def head_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tokens after the last norm, (B, N, dim) -> what each of the heads is given, (B, dim)."""
+        return self.fc_norm(self.pool(x)),
+
+    @property
+    def tokens_of_heads(self) -> tuple[range, ...]:
+        """The tokens whose mean each of the heads reads."""
+        if self.global_pool == 'token':
+            return range(1),
+        prefix = self.num_prefix_tokens
+        return range(0 if self.pool_include_prefix else prefix, prefix + self.patch_embed.num_patches),
+
+    @torch.no_grad()
+    def constant_embeddings(self) -> tuple[Tensor, Tensor]:
+        """What `embed` adds whatever the image: the prefix tokens with their positions, and the positions of patches.
+
+        Returns:
+            (1, prefix tokens, dim) and (1, patches, dim), before a norm of the embeddings; no dropout may be active.
+        """
+        rows, columns = self.patch_embed.grid_size
+        places = (rows, columns) if self.dynamic_img_size else (rows * columns,)
+        embedded = self._pos_embed(self.pos_embed.new_zeros(1, *places, self.embed_dim))
+        prefix, positions = embedded.tensor_split([self.num_prefix_tokens], dim=1)
+        return prefix, positions
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for `num_classes` classes, 8 bits as before and not calibrated; none for 0."""
-        if global_pool not in (None, '', 'token'):
-            raise ValueError(f"global_pool '{global_pool}': the heads read the class and the distillation token")
-        self.num_classes = num_classes
-        self.head, self.head_dist = self._new_head(), self._new_head()
+        """A new head for `num_classes` classes, 8 bits as before and not calibrated; none for 0."""
+        _check_pooling(self.global_pool if global_pool is None else global_pool, self.has_class_token, num_classes)
+        super().reset_classifier(num_classes, global_pool)
+        self.head = self._new_head()
 
     def _new_head(self) -> nn.Module:
         if self.num_classes == 0:
             return nn.Identity()
-        like = self.cls_token
+        like = self.pos_embed
         head = LinearQ(self.embed_dim, self.num_classes, device=like.device, dtype=like.dtype,
                        **self.quant.layer(EDGE_BITS))
         trunc_normal_(head.weight, std=.02)
@@ -227,9 +270,13 @@ class QVisionTransformer(VisionTransformerDistilled):
                          if hasattr(module, leaf)}
         return super().no_weight_decay() | of_quantizers
 
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the first block's input, (B, N, dim)."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+
     def forward_features(self, x: Tensor, return_blocks: bool = False) -> Tensor | tuple[Tensor, list[BlockOutputs]]:
         """(B, C, H, W) -> (B, N, dim), tokens after the last norm; on request with the outputs of every block."""
-        x = self.patch_drop(self._pos_embed(self.patch_embed(x)))
+        x = self.embed(x)
         outputs = []
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
@@ -241,21 +288,64 @@ class QVisionTransformer(VisionTransformerDistilled):
         x = self.norm(x)
         return (x, outputs) if return_blocks else x
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, N, dim) -> logits, a pair of them in distilled training; with dropout, unlike older timm's."""
-        x, x_dist = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
-        if not pre_logits:
-            x, x_dist = self.head(x), self.head_dist(x_dist)
-            if self.distilled_training and self.training:
-                return x, x_dist
-        return (x + x_dist) / 2
-
     def forward(self, x: Tensor, return_blocks: bool = False):
         """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block])."""
         if not return_blocks:
             return self.forward_head(self.forward_features(x))
         x, outputs = self.forward_features(x, return_blocks=True)
         return self.forward_head(x), outputs
+
+
+def _check_pooling(global_pool: str, has_class_token: bool, num_classes: int) -> None:
+    if global_pool == '' and num_classes == 0:  # all tokens, for other heads than these
+        return
+    if global_pool not in POOLINGS or global_pool == 'token' and not has_class_token:
+        raise ValueError(f"global_pool={global_pool!r} with class_token={has_class_token} is not an option of the "
+                         "quantized network: choose 'token' with a class token, or 'avg'")
+
+
+class QVisionTransformerDistilled(QVisionTransformer, VisionTransformerDistilled):
+    """Fully quantized DeiT with a class and a distillation token, each with its head.
+
+    In training it returns (logits, distillation logits), each (B, num_classes), in evaluation their mean.
+    `set_distilled_training(False)` makes it return the mean in training too.
+
+    Args:
+        *args, **kwargs: see `QVisionTransformer`.
+    """
+    fixed_options = FIXED_OPTIONS | FIXED_IF_DISTILLED
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.patch_drop.num_prefix_tokens = self.num_prefix_tokens  # timm's would drop the distillation token, too
+        self.distilled_training = True
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        return self.head, self.head_dist
+
+    def head_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x[:, 0], x[:, 1]
+
+    @property
+    def tokens_of_heads(self) -> tuple[range, ...]:
+        return range(1), range(1, 2)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New heads for `num_classes` classes, 8 bits as before and not calibrated; none for 0."""
+        if global_pool not in (None, '', 'token'):
+            raise ValueError(f"global_pool '{global_pool}': the heads read the class and the distillation token")
+        self.num_classes = num_classes
+        self.head, self.head_dist = self._new_head(), self._new_head()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, dim) -> logits, a pair of them in distilled training; with dropout, unlike older timm's."""
+        x, x_dist = (self.head_drop(token) for token in self.head_inputs(x))
+        if not pre_logits:
+            x, x_dist = self.head(x), self.head_dist(x_dist)
+            if self.distilled_training and self.training:
+                return x, x_dist
+        return (x + x_dist) / 2
 
 
 # --- the registered variants ------------------------------------------------------------------------------------------
@@ -268,33 +358,42 @@ SIZES = {  # name: (width, heads); depth 12, MLP ratio 4
 }
 
 
-def _full_precision_cfg(size: str) -> dict:
-    """timm's description of the full-precision DeiT that `pretrained=True` starts from."""
-    known = timm.get_pretrained_cfg(f'deit_{size}_distilled_patch16_224')
+FAMILIES = {  # name: (the network, the full-precision one of timm's that `pretrained=True` starts from)
+    'deit': (QVisionTransformerDistilled, 'deit_{}_distilled_patch16_224'),
+    'vit': (QVisionTransformer, 'deit_{}_patch16_224'),
+}
+
+
+def _full_precision_cfg(family: str, size: str) -> dict:
+    """timm's description of the full-precision network that `pretrained=True` starts from."""
+    known = timm.get_pretrained_cfg(FAMILIES[family][1].format(size))
     return known.to_dict() if known is not None else {}  # timm has no DeiT of other sizes
 
 
 default_cfgs = generate_default_cfgs({
-    f'{bits}_deit_{size}_patch16_224.full_precision_in1k': _full_precision_cfg(size)
-    for bits in BITS for size in SIZES})
+    f'{bits}_{family}_{size}_patch16_224.full_precision_in1k': _full_precision_cfg(family, size)
+    for family in FAMILIES for bits in BITS for size in SIZES})
 
 
-def _register_variant(bits_name: str, size: str) -> None:
-    name, bits, (width, heads) = f'{bits_name}_deit_{size}_patch16_224', BITS[bits_name], SIZES[size]
+def _register_variant(bits_name: str, family: str, size: str) -> None:
+    name, bits, (width, heads) = f'{bits_name}_{family}_{size}_patch16_224', BITS[bits_name], SIZES[size]
+    network = FAMILIES[family][0]
 
     def variant(pretrained: bool = False, **kwargs) -> QVisionTransformer:
         defaults = {'patch_size': 16, 'embed_dim': width, 'depth': 12, 'num_heads': heads,
                     'weight_bits': bits, 'act_bits': bits}
         return build_model_with_cfg(
-            QVisionTransformer, name, pretrained, pretrained_filter_fn=adapt_full_precision,
+            network, name, pretrained, pretrained_filter_fn=adapt_full_precision,
             feature_cfg={'out_indices': kwargs.pop('out_indices', 3), 'feature_cls': 'getter'}, **(defaults | kwargs))
 
     variant.__name__ = variant.__qualname__ = name
-    variant.__doc__ = (f'{bits}-bit DeiT-{size.capitalize()} at 224 px (keyword arguments: `QVisionTransformer`); '
+    title = f'{"DeiT" if family == "deit" else "ViT"}-{size.capitalize()}'
+    variant.__doc__ = (f'{bits}-bit {title} at 224 px (keyword arguments: `{network.__name__}`); '
                        f'pretrained=True starts from full precision and is to be calibrated.')
     globals()[name] = register_model(variant)
 
 
-for _bits in BITS:
-    for _size in SIZES:
-        _register_variant(_bits, _size)
+for _family in FAMILIES:
+    for _bits in BITS:
+        for _size in SIZES:
+            _register_variant(_bits, _family, _size)

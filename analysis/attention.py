@@ -1,7 +1,7 @@
 """What the attention of every block is computed from: queries, keys and values of one forward.
 
-Networks are the quantized ones of `quant_vision_transformer.py` and timm's vision transformers. They are watched in
-evaluation mode and left as they were.
+Networks are quantized ones, which give what docs/architecture.md lists, and timm's vision transformers. They are
+watched in evaluation mode and left as they were.
 """
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from _quan_base import ActQ
-from quant_vision_transformer import QAttention, QVisionTransformer
+from models import is_quantized
 from utils import UserError
 
-__all__ = ['AttentionInputs', 'Stages', 'attention_inputs', 'attention_probabilities', 'attentions', 'watched']
+__all__ = ['AttentionInputs', 'Stages', 'attention_inputs', 'attention_probabilities', 'attentions', 'is_rectified',
+           'watched']
 
 
 class Stages(NamedTuple):
@@ -76,14 +77,19 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     found = []
     for block in getattr(model, 'blocks', []):
         attention = getattr(block, 'attn', None)
-        is_timm = all(hasattr(attention, name) for name in ('qkv', 'num_heads', 'head_dim', 'q_norm', 'k_norm'))
-        if not (is_timm or isinstance(attention, QAttention)):
+        norms = ('norm_q', 'norm_k') if is_rectified(attention) else ('q_norm', 'k_norm')
+        if not all(hasattr(attention, name) for name in ('qkv', 'num_heads', 'head_dim', *norms)):
             break
         found.append(attention)
     if not found or len(found) < len(model.blocks):
         raise UserError(f'{type(model).__name__} has no blocks with the attention of a vision transformer: '
                         'choose a DeiT or another of timm\'s vision transformers')
     return found
+
+
+def is_rectified(attention: nn.Module) -> bool:
+    """Whether the attention is a quantized one, in which q and k pass through IRM (or an identity in its place)."""
+    return hasattr(attention, 'norm_q')
 
 
 def attention_inputs(model: nn.Module, images: Tensor) -> list[AttentionInputs]:
@@ -100,14 +106,14 @@ def attention_inputs(model: nn.Module, images: Tensor) -> list[AttentionInputs]:
         projected[qkv] = output
 
     with watched(model, [attention.qkv for attention in blocks], keep):
-        if isinstance(model, QVisionTransformer):
+        if is_quantized(model):
             _, outputs = model.forward(images, return_blocks=True)
         else:
             outputs = model.forward(images)
         for index, attention in enumerate(blocks):
             qkv = projected[attention.qkv].unflatten(-1, (3, attention.num_heads, attention.head_dim))
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, N, d) each
-            if isinstance(attention, QAttention):
+            if is_rectified(attention):
                 rectified = outputs[index].q, outputs[index].k
             else:
                 rectified = attention.q_norm(q), attention.k_norm(k)

@@ -1,6 +1,6 @@
 """What happens inside a network, as arrays: attention, queries and keys, codes; and logs. `figures.py` draws them.
 
-Networks are the quantized ones of `quant_vision_transformer.py` and timm's vision transformers.
+Networks are quantized ones, which give what docs/architecture.md lists, and timm's vision transformers.
 """
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.attention import Stages, attention_inputs, attention_probabilities, attentions
+from analysis.attention import Stages, attention_inputs, attention_probabilities, attentions, is_rectified
 from analysis.codes import CodeStatistics, Distribution, code_distribution, code_statistics, entropy
 from analysis.logs import parse_epoch
 from files.paths import read_text
-from quant_vision_transformer import QAttention
 from utils import UserError
 
 __all__ = ['attention_distance', 'attention_distances', 'class_token_maps', 'code_usage', 'compare_maps', 'compare_qk',
@@ -30,7 +29,13 @@ HISTOGRAM_BINS = 64
 
 
 def class_token_maps(model: nn.Module, images: Tensor, block: int) -> Tensor:
-    """Attention of the class token to the patches, (B, H, rows, columns); the rest of 1 is to the special tokens."""
+    """Attention of the class token to the patches, (B, H, rows, columns); the rest of 1 is to the special tokens.
+
+    Raises:
+        UserError: there is no class token.
+    """
+    if not getattr(model, 'has_class_token', True):
+        raise UserError(f'{type(model).__name__} has no class token, whose attention could be drawn: choose distance')
     attention = attention_probabilities(attention_inputs(model, images)[block])
     return attention[:, :, 0, model.num_prefix_tokens:].unflatten(-1, model.patch_embed.grid_size)
 
@@ -105,7 +110,7 @@ def qk_distributions(model: nn.Module, images: Tensor, blocks: Sequence[int], he
     found, modules, inputs = [], attentions(model), attention_inputs(model, images)
     for block in blocks:
         attention = modules[block]
-        norms = (attention.norm_q, attention.norm_k) if isinstance(attention, QAttention) else (None, None)
+        norms = (attention.norm_q, attention.norm_k) if is_rectified(attention) else (None, None)
         for stages, irm in zip((inputs[block].q, inputs[block].k), norms, strict=True):
             found.append(_stage_distributions(stages, irm, list(heads)))
     return found

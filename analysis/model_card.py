@@ -150,8 +150,8 @@ def _network(card: dict[str, Any]) -> str:
     if precision is None:
         bits = 'A full-precision network'
     else:
-        bits = (f'A DeiT quantized by Q-ViT, {precision["weight_bits"]}-bit weights and {precision["act_bits"]}-bit '
-                'activations in its blocks, 8 bits in patch embedding and heads')
+        bits = (f'A vision transformer quantized by Q-ViT, {precision["weight_bits"]}-bit weights and '
+                f'{precision["act_bits"]}-bit activations in its blocks, 8 bits in patch embedding and heads')
     options = ', '.join(f'{name}={value}' for name, value in model['kwargs'].items())
     return (f'# {model["model"]}\n\n{bits}, for images of {model["input_size"]} x {model["input_size"]} pixels and '
             f'{model["num_classes"]} classes' + (f' (options: {options})' if options else '')

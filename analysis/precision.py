@@ -1,7 +1,7 @@
-"""What a DeiT's forward on one image is made of: every tensor with its bits, every matrix product with its operands'.
+"""What a forward on one image is made of: every tensor with its bits, every matrix product with its operands'.
 
-Both lists are read off the module tree and its shapes, for quantized networks and for full-precision ones alike; no
-forward runs. What they cost is up to `cost.py`.
+Both lists are read off the module tree and its shapes, for quantized vision transformers and for timm's alike; no
+forward runs. What has to be there is in docs/architecture.md; what it costs is up to `cost.py`.
 """
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch.nn as nn
 from timm.models.vision_transformer import VisionTransformer
 
-from _quan_base import ActQ, Conv2dQ, LinearQ
-from quant_vision_transformer import QAttention, QMlp
+from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ
+from models import is_quantized
 from utils import UserError
 
 __all__ = ['FULL_PRECISION_BITS', 'Product', 'TensorUse', 'analyse', 'manifest']
@@ -83,7 +83,7 @@ def analyse(model: nn.Module) -> tuple[list[TensorUse], list[Product]]:
     """Tensors and products of the forward on one image of the model's size, in forward order.
 
     Args:
-        model: a quantized network of this project, calibrated or not, or a full-precision DeiT of timm's.
+        model: a quantized network of this project, calibrated or not, or a full-precision ViT or DeiT of timm's.
 
     Raises:
         UserError: it is another kind of network.
@@ -91,27 +91,32 @@ def analyse(model: nn.Module) -> tuple[list[TensorUse], list[Product]]:
     blocks = list(getattr(model, 'blocks', []))
     attentions = [getattr(block, 'attn', None) for block in blocks]
     known = all(hasattr(attn, name) for attn in attentions for name in ('qkv', 'proj', 'num_heads', 'head_dim'))
-    if not isinstance(model, VisionTransformer) or not known or getattr(model, 'attn_pool', None) is not None:
-        raise UserError(f'{type(model).__name__} is not a DeiT: costs are known for the quantized variants and for '
-                        "timm's full-precision DeiT")
+    known = known and (is_quantized(model) or isinstance(model, VisionTransformer))  # others of timm's compute more
+    if not known or not blocks or getattr(model, 'attn_pool', None) is not None:
+        raise UserError(f'{type(model).__name__} is no DeiT or ViT: costs are known for the quantized variants and '
+                        "for timm's full-precision ones")
     parts = list(_network(model))
     return ([part for part in parts if isinstance(part, TensorUse)],
             [part for part in parts if isinstance(part, Product)])
 
 
-def _network(model: VisionTransformer) -> Parts:
+def _network(model: nn.Module) -> Parts:
     embed, dim = model.patch_embed, model.embed_dim
     patches = prod(embed.grid_size)
     tokens = patches + model.num_prefix_tokens
     yield from _layer('patch_embed.proj', embed.proj, patches, embed.proj.in_channels * prod(embed.img_size), 'patch')
     yield from _module('patch_embed.norm', embed.norm, patches)
     yield from _own_parameters('', model)
-    yield _full('pos_embed', 'position embedding sum', tokens * dim, 1)
+    if model.pos_embed is not None:
+        yield _full('pos_embed', 'position embedding sum', model.pos_embed.numel(), 1)
     for name, child in model.named_children():
         if name == 'blocks':
             for index, block in enumerate(child):
                 yield from _block(f'blocks.{index}', block, tokens, dim)
         elif name != 'patch_embed':
+            if name == 'fc_norm' and model.global_pool == 'avg':
+                averaged = tokens if model.pool_include_prefix else patches
+                yield _full('pool', 'mean of the tokens', dim, averaged)
             yield from _module(name, child, 1 if name in ('head', 'head_dist', 'fc_norm') else tokens)
     if isinstance(model.head, nn.Linear):
         is_mean = isinstance(getattr(model, 'head_dist', None), nn.Linear)
@@ -122,6 +127,8 @@ def _block(path: str, block: nn.Module, tokens: int, dim: int) -> Parts:
     for name, child in block.named_children():
         part = {'attn': _attention, 'mlp': _mlp}.get(name, _module)
         yield from part(f'{path}.{name}', child, tokens)
+        if hasattr(child, 'gamma'):
+            yield _full(f'{path}.{name}', 'LayerScale', tokens * dim, 1)
         if name in ('attn', 'mlp'):
             yield _full(f'{path}.{name}', f'residual sum of {name}', tokens * dim, 1)
 
@@ -131,7 +138,7 @@ def _attention(path: str, attention: nn.Module, tokens: int) -> Parts:
     yield from _module(f'{path}.qkv', attention.qkv, tokens)
     for name in ('q_norm', 'k_norm', 'norm_q', 'norm_k'):
         yield from _module(f'{path}.{name}', getattr(attention, name, None), tokens * heads,
-                           in_reference=not isinstance(attention, QAttention))
+                           in_reference=name in ('q_norm', 'k_norm'))
     scores, quantized = heads * tokens * tokens, getattr(attention, 'quantize_attn', False)
 
     def operand(name: str, role: str, elements: int) -> TensorUse:
@@ -148,7 +155,7 @@ def _attention(path: str, attention: nn.Module, tokens: int) -> Parts:
 
 
 def _mlp(path: str, mlp: nn.Module, tokens: int) -> Parts:
-    hidden, clip = tokens * mlp.fc1.out_features, CLIP_WORK if isinstance(mlp, QMlp) else 0
+    hidden, clip = tokens * mlp.fc1.out_features, CLIP_WORK if isinstance(mlp.fc2, GeluLinearQ) else 0
     yield from _module(f'{path}.fc1', mlp.fc1, tokens)
     yield TensorUse(f'{path} GELU', 'GELU', hidden, work=(GELU_WORK + clip) * hidden, reference_work=GELU_WORK * hidden)
     yield from _module(f'{path}.norm', getattr(mlp, 'norm', None), tokens)

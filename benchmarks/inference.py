@@ -41,7 +41,7 @@ from checkpoints.networks import ModelInfo, OpenedNetwork
 from checkpoints.packed import write_packed
 from deployment.integer import IntegerViT
 from deployment.predictor import TERMS
-from quant_vision_transformer import BITS, SIZES, QuantConfig, QVisionTransformer
+from quant_vision_transformer import BITS, FAMILIES, SIZES, QuantConfig, QVisionTransformer
 from utils import UserError
 
 __all__ = ['HELP', 'SUMMARY', 'Conditions', 'add_arguments', 'check_folders', 'measure_network', 'random_network',
@@ -123,7 +123,7 @@ def uneven_rule(x: Tensor, qn: int, qp: int) -> tuple[Tensor, Tensor]:
 
 def random_network(name: str) -> OpenedNetwork:
     """A variant with random weights, calibrated on noise."""
-    if name not in {f'{bits}_deit_{size}_patch16_224' for bits in BITS for size in SIZES}:
+    if name not in {f'{bits}_{family}_{size}_patch16_224' for bits in BITS for family in FAMILIES for size in SIZES}:
         raise UserError(f'--model {name} is unknown: choose as fourbits_deit_small_patch16_224')
     torch.manual_seed(0)
     model = timm.create_model(name)
@@ -280,9 +280,10 @@ def measure_network(info: ModelInfo, model: QVisionTransformer, source: str, con
         source: where the network's weights come from, for the report.
     """
     torch.set_num_threads(conditions.threads)
+    _, family, size, *_ = info.model.split('_')
     own = {field.name for field in fields(QuantConfig)}
     spec = Spec(conditions.threads, conditions.device, conditions.batch_sizes, info.input_size, info.num_classes,
-                TERMS[conditions.arithmetic], f'deit_{info.model.split("_")[2]}_distilled_patch16_224',
+                TERMS[conditions.arithmetic], FAMILIES[family][1].format(size),
                 {key: value for key, value in info.kwargs.items() if key not in own})
     full = timm.create_model(spec.full_model, img_size=spec.input_size, num_classes=spec.num_classes,
                              **spec.full_kwargs).eval()

@@ -1,4 +1,4 @@
-"""Calibration of a quantized DeiT to the full-precision network whose weights it holds: closed forms, layer by layer.
+"""Calibration of a quantized network to the full-precision one whose weights it holds: closed forms, layer by layer.
 
 The images run through two networks at once, the full-precision one and the one that is quantized so far. In forward
 order each layer gets the scales, weight and bias that bring its output, computed from inputs that its predecessors
@@ -23,7 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, named_quantizers
-from calibration.full_precision import FullPrecision, full_precision, full_precision_attention, heads_of
+from calibration.full_precision import (
+    FullPrecision,
+    fold_layer_scale,
+    full_precision,
+    full_precision_attention,
+    heads_of,
+)
 from calibration.irm import fit_layer_norm, prepare_irm
 from calibration.scales import activation_qparams, weight_scales
 from calibration.twins import halve_attention_to_twins
@@ -245,6 +251,7 @@ def _fit_values(attn: QAttention, v: Tensor) -> Tensor:
 
 def fit_block(block: QBlock, x_full: Tensor, x: Tensor, has_irm: bool) -> tuple[Tensor, Tensor]:
     """Fits a block on its inputs in both networks; returns its outputs in both, (B, N, dim) each."""
+    fold_layer_scale(block)
     out_full, out = _fit_attention(block, x_full, x, has_irm)
     x_full, x = x_full + out_full, x + out
     mlp, hidden_full = block.mlp, full_precision(block.mlp.fc1, block.norm2(x_full))
@@ -268,16 +275,17 @@ def fit_embedding(model: QVisionTransformer, images: Tensor) -> None:
 @torch.no_grad()
 def fit_heads(model: QVisionTransformer, x: Tensor) -> None:
     """Scales for the heads, whose weights stay as they are. x: the last block's output, (B, N, dim)."""
-    x = model.norm(x)
-    for token, head in enumerate((model.head, model.head_dist)):
+    for head, given in zip(model.heads, model.head_inputs(model.norm(x)), strict=True):
         if isinstance(head, LinearQ):
-            _fit_edge(head, x[:, token])
+            _fit_edge(head, given)
 
 
 def check_kind(model: nn.Module) -> None:
     """Refuses networks that have no full-precision network behind them."""
-    if not isinstance(model, QVisionTransformer):
-        raise UserError(f'{type(model).__name__} is no quantized DeiT: use --calibration published')
+    if not hasattr(model, 'head_inputs'):
+        raise UserError(f'{type(model).__name__} is no quantized vision transformer: use --calibration published')
+    if any(block.attn.qkv.bias is None for block in model.blocks):
+        raise UserError('qkv_bias=False: the fits move part of q, k and v into a bias, use --calibration published')
 
 
 @torch.no_grad()
@@ -304,7 +312,7 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
     halve_attention_to_twins(model, images)
     full = FullPrecision(model)
     fit_embedding(model, images)
-    x_full, x = full.embed(images), model._pos_embed(model.patch_embed(images))
+    x_full, x = full.embed(images), model.embed(images)
     for block in model.blocks:
         x_full, x = fit_block(block, x_full, x, full.has_irm)
     fit_heads(model, x)

@@ -4,15 +4,17 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor
 
 from _quan_base import LinearQ
 from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 
-__all__ = ['FullPrecision', 'full_precision', 'full_precision_attention', 'heads_of']
+__all__ = ['FullPrecision', 'fold_layer_scale', 'full_precision', 'full_precision_attention', 'heads_of']
 
 
 def full_precision(layer: LinearQ, x: Tensor) -> Tensor:
@@ -38,19 +40,20 @@ class FullPrecision:
     Attributes:
         has_irm: whether it is.
         depth: number of blocks.
+        num_prefix_tokens: number of tokens before the patches.
     """
 
     def __init__(self, model: QVisionTransformer) -> None:
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         conv = self._model.patch_embed.proj
         conv.forward = partial(nn.Conv2d.forward, conv)
-        self.depth = len(model.blocks)
+        self.depth, self.num_prefix_tokens = len(model.blocks), model.num_prefix_tokens
         norms = [norm for block in model.blocks for norm in (block.attn.norm_q, block.attn.norm_k)]
         self.has_irm = any(isinstance(norm, nn.LayerNorm) and not _is_identity(norm) for norm in norms)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> tokens, (B, N, dim)."""
-        return self._model._pos_embed(self._model.patch_embed(images))
+        return self._model.embed(images)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """The output of a block, (B, N, dim)."""
@@ -58,9 +61,9 @@ class FullPrecision:
 
     def head(self, x: Tensor) -> Tensor:
         """The last block's output -> logits, (B, classes): the mean of the heads', or of their inputs without heads."""
-        x, heads = self._model.norm(x), (self._model.head, self._model.head_dist)
-        return sum(full_precision(head, x[:, token]) if isinstance(head, LinearQ) else x[:, token]
-                   for token, head in enumerate(heads)) / 2
+        heads, inputs = self._model.heads, self._model.head_inputs(self._model.norm(x))
+        return sum(full_precision(head, given) if isinstance(head, LinearQ) else given
+                   for head, given in zip(heads, inputs, strict=True)) / len(heads)
 
 
 def full_precision_attention(attn: QAttention, x: Tensor, has_irm: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,5 +77,16 @@ def full_precision_attention(attn: QAttention, x: Tensor, has_irm: bool) -> tupl
 def full_precision_block(block: QBlock, x: Tensor, has_irm: bool) -> Tensor:
     """What a block computes without quantizers, (B, N, dim)."""
     mlp = block.mlp
-    x = x + full_precision_attention(block.attn, block.norm1(x), has_irm)[0]
-    return x + full_precision(mlp.fc2, clipped_gelu(full_precision(mlp.fc1, block.norm2(x))))
+    x = x + block.ls1(full_precision_attention(block.attn, block.norm1(x), has_irm)[0])
+    return x + block.ls2(full_precision(mlp.fc2, clipped_gelu(full_precision(mlp.fc1, block.norm2(x)))))
+
+
+@torch.no_grad()
+def fold_layer_scale(block: QBlock) -> None:
+    """Multiplies LayerScale into the layers before it and makes it 1: the same block, in which what the layers give is
+    what the residual sum gets."""
+    for layer_scale, layer in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
+        if isinstance(layer_scale, LayerScale):
+            layer.weight.mul_(layer_scale.gamma[:, None])
+            layer.bias.mul_(layer_scale.gamma)
+            layer_scale.gamma.fill_(1)

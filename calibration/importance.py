@@ -20,7 +20,7 @@ UNKNOWN = 0.1
 
 
 def fisher_information(full: FullPrecision, images: Tensor, seed: int = 0) -> list[Tensor]:
-    """F behind every block, (3, dim, dim) float64: of the class token, of the distillation token, of a patch.
+    """F behind every block, (prefix tokens + 1, dim, dim) float64: of each prefix token, then of a patch.
 
     Raises:
         ValueError: NaN or infinite values were met.
@@ -38,17 +38,19 @@ def fisher_information(full: FullPrecision, images: Tensor, seed: int = 0) -> li
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(x.device)
             gradients = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction='sum'), outputs)
         for index, g in enumerate(gradients):
-            prefix = torch.einsum('bnd,bne->nde', g[:, :2], g[:, :2])
-            patches = torch.einsum('bnd,bne->de', g[:, 2:], g[:, 2:]) / (g.shape[1] - 2)
+            special, others = g.tensor_split([full.num_prefix_tokens], dim=1)
+            prefix = torch.einsum('bnd,bne->nde', special, special)
+            patches = torch.einsum('bnd,bne->de', others, others) / others.shape[1]
             found[index] = found[index] + torch.cat([prefix, patches[None]]).double() / len(images)
     return found
 
 
 def information_root(information: Tensor, tokens: int) -> Tensor:
-    """R, (3, dim, dim), with R^T R = F, scaled to a mean diagonal of 1 over all tokens and kept from being singular."""
+    """R, of F's shape, with R^T R = F, scaled to a mean diagonal of 1 over all tokens and kept from being singular."""
     dim = information.shape[-1]
     diagonals = information.diagonal(dim1=-2, dim2=-1).sum(-1)
-    mean = (diagonals[0] + diagonals[1] + (tokens - 2) * diagonals[2]) / (tokens * dim)
+    patches = tokens - (len(information) - 1)
+    mean = (diagonals[:-1].sum() + patches * diagonals[-1]) / (tokens * dim)
     scaled = information / mean.clamp_min(torch.finfo(information.dtype).tiny)
     values, vectors = torch.linalg.eigh(scaled + UNKNOWN * torch.eye(dim).to(scaled))
     return (values.clamp_min(0).sqrt()[..., None] * vectors.mT).float()
@@ -56,6 +58,6 @@ def information_root(information: Tensor, tokens: int) -> Tensor:
 
 def weighted_error(error: Tensor, root: Tensor) -> Tensor:
     """The mean of e^T F e / dim over images and tokens. error: (B, N, dim); root: as `information_root` gives it."""
-    root = root.to(error.dtype)
-    prefix, patches = torch.einsum('bnd,ned->bne', error[:, :2], root[:2]), error[:, 2:] @ root[2].mT
+    root, (prefix, patches) = root.to(error.dtype), error.tensor_split([len(root) - 1], dim=1)
+    prefix, patches = torch.einsum('bnd,ned->bne', prefix, root[:-1]), patches @ root[-1].mT
     return (prefix.square().sum() + patches.square().sum()) / error.numel()

@@ -163,7 +163,7 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     if len(images) < 2 * config.batch_size:
         raise UserError(f'--calibration reconstruct needs at least {2 * config.batch_size} images, not {len(images)}: '
                         'raise --calibration-images, or choose --calibration mse')
-    device = model.cls_token.device
+    device = model.pos_embed.device
     synchronize(model)
     was_training = model.training
     model.eval()
@@ -175,7 +175,7 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     done = _resume(model, progress, key)
     if not done:
         fit_embedding(model, fitted)
-    embedded = [(full.embed(chunk), model._pos_embed(model.patch_embed(chunk)))
+    embedded = [(full.embed(chunk), model.embed(chunk))
                 for chunk in (part.to(device) for part in images.split(CHUNK))]
     x_full, x = (torch.cat(parts) for parts in zip(*embedded, strict=True))
     updates = math.ceil(config.epochs * _learned_from(len(images)) / config.batch_size)
@@ -219,7 +219,7 @@ def _keep(model: nn.Module, progress: Path | None, key: str, blocks: int) -> Non
 
 def _resume(model: nn.Module, progress: Path | None, key: str) -> int:
     """How many blocks are finished; the network gets their state where there are any, on all ranks."""
-    blocks = torch.zeros(1, dtype=torch.int64, device=model.cls_token.device)
+    blocks = torch.zeros(1, dtype=torch.int64, device=model.pos_embed.device)
     if progress is not None and _is_first() and progress.is_file():
         kept = read_checkpoint(progress)
         if kept.get('calibration') == key:

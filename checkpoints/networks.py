@@ -5,6 +5,7 @@ registered here, itself starts from checkpoints.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ import quant_vision_transformer  # noqa: F401  registers the quantized ones
 from checkpoints.building import check_described, create_network
 from checkpoints.descriptions import ModelInfo, check_registered
 from checkpoints.files import local_file, read_checkpoint
+from checkpoints.full_precision import count_prefix_tokens, positions_of_prefix
 from checkpoints.packed import is_packed, read_packed
 from checkpoints.states import load_quantized, state_of
 from utils import UserError
 
 __all__ = ['ModelInfo', 'OpenedNetwork', 'create_network', 'load_quantized', 'network_info', 'open_checkpoint',
-           'open_network', 'read_network', 'state_of']
+           'open_features', 'open_network', 'read_network', 'state_of']
 
 
 class OpenedNetwork(NamedTuple):
@@ -57,6 +59,25 @@ def open_checkpoint(path: str | Path, checkpoint: dict[str, Any], model: str | N
     network = create_network(info.model, info.num_classes, info.input_size, what=what, **info.kwargs)
     load_quantized(network, checkpoint)
     return OpenedNetwork(info, network.eval(), checkpoint)
+
+
+def open_features(path: str | Path, model: str | None = None, *, out_indices: int | Sequence[int] = 4,
+                  model_kwargs: dict[str, Any] | None = None, input_size: int | None = None) -> OpenedNetwork:
+    """`open_network`, as timm's `features_only=True` gives it: images (B, C, H, W) -> a list of maps (B, dim, rows,
+    columns), with their channels and strides in its `feature_info`.
+
+    Args:
+        out_indices: the blocks whose outputs are given, or how many of the last.
+
+    Raises:
+        UserError: as `open_network`; or there is no such block.
+    """
+    info, network, checkpoint = open_network(path, model, model_kwargs=model_kwargs, input_size=input_size)
+    features = create_network(info.model, info.num_classes, info.input_size, features_only=True,
+                              out_indices=out_indices, **info.kwargs)
+    wanted = features.model.state_dict()
+    features.model.load_state_dict({name: value for name, value in network.state_dict().items() if name in wanted})
+    return OpenedNetwork(info, features.eval(), checkpoint)
 
 
 def read_network(path: str | Path) -> dict[str, Any]:
@@ -125,5 +146,6 @@ def _input_size(state: dict[str, Tensor]) -> int:
     positions, filters = state.get('pos_embed'), state.get('patch_embed.proj.weight')
     if positions is None or filters is None or positions.ndim != 3 or filters.ndim != 4:
         return 224
-    prefix = sum(name in state for name in ('cls_token', 'dist_token'))
-    return max(1, round(max(0, positions.shape[1] - prefix) ** 0.5)) * filters.shape[-1]
+    prefix = count_prefix_tokens(state)
+    patches = positions.shape[1] - positions_of_prefix(positions.shape[1], prefix)
+    return max(1, round(max(0, patches) ** 0.5)) * filters.shape[-1]

@@ -171,6 +171,10 @@ class IntLinear(nn.Module):
         bias: (N,).
         levels: largest input code.
         exact: whether the weight is that of the fake-quantized layer, and not quantized again.
+        gain: float64 (N,), LayerScale, which `scale` and `bias` include; None without.
+
+    Args:
+        layer_scale: what multiplies the layer's output: a LayerScale, or an identity.
 
     Raises:
         UserError: zero points are too large for 32-bit sums.
@@ -180,8 +184,10 @@ class IntLinear(nn.Module):
     offset: Tensor
     bias: Tensor
 
-    def __init__(self, layer: LinearQ | Conv2dQ, terms: int) -> None:
+    def __init__(self, layer: LinearQ | Conv2dQ, terms: int, layer_scale: nn.Module | None = None) -> None:
         super().__init__()
+        gamma = getattr(layer_scale, 'gamma', None)
+        self.gain = None if gamma is None else gamma.detach().double().cpu()
         codes, out_scale = layer.to_int().flatten(1).cpu(), layer.scale.double().cpu()
         channels, inputs = layer.weight.shape[1], codes.shape[1]
         in_scale, zero, self.levels = UnsignedCodes.of(layer.act, channels)
@@ -199,11 +205,12 @@ class IntLinear(nn.Module):
             largest = layer.act.whole_zero_point.abs().max()
             raise UserError(f'zero points up to {largest:.0f} are too large for integer inference: evaluate this '
                             f'network in floating point')
+        gain = 1. if self.gain is None else self.gain
         self.register_buffer('weight', weight)
-        self.register_buffer('scale', scale)
+        self.register_buffer('scale', scale * gain)
         self.register_buffer('offset', offset.to(torch.int32))
         bias = torch.zeros(len(codes)) if layer.bias is None else layer.bias.detach().cpu()
-        self.register_buffer('bias', bias.double())
+        self.register_buffer('bias', bias.double() * gain)
 
     @property
     def folded_bias(self) -> Tensor:
@@ -232,13 +239,13 @@ class IntAttention(nn.Module):
     t_q u_k are computed, because what does not depend on the key leaves the softmax unchanged.
     """
 
-    def __init__(self, attn: QAttention, terms: int) -> None:
+    def __init__(self, attn: QAttention, terms: int, layer_scale: nn.Module | None = None) -> None:
         super().__init__()
         dim, heads = attn.num_heads * attn.head_dim, attn.num_heads
         self.num_heads, self.head_dim, self.scale = heads, attn.head_dim, attn.scale
         self.rectified, self.quantized = isinstance(attn.norm_q, nn.LayerNorm), attn.quantize_attn
         self.norm_eps = attn.norm_q.eps if self.rectified else 0.
-        self.qkv, self.proj = IntLinear(attn.qkv, terms), IntLinear(attn.proj, terms)
+        self.qkv, self.proj = IntLinear(attn.qkv, terms), IntLinear(attn.proj, terms, layer_scale)
         self.proj_in = Quantizer.of(attn.proj.act, dim)
         if not self.quantized:
             self.norm_q, self.norm_k = copy.deepcopy(attn.norm_q), copy.deepcopy(attn.norm_k)
@@ -280,11 +287,11 @@ class IntBlock(nn.Module):
         dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
         self.dim, self.norm1_eps, self.norm2_eps = dim, block.norm1.eps, block.norm2.eps
         self.attn_in = Quantizer.of(block.attn.qkv.act, dim, block.norm1)
-        self.attn = IntAttention(block.attn, terms)
+        self.attn = IntAttention(block.attn, terms, block.ls1)
         self.fc1_in = Quantizer.of(block.mlp.fc1.act, dim, block.norm2)
         self.fc1 = IntLinear(block.mlp.fc1, terms)
         self.fc2_in = Quantizer.of(block.mlp.fc2.act, hidden)
-        self.fc2 = IntLinear(block.mlp.fc2, terms)
+        self.fc2 = IntLinear(block.mlp.fc2, terms, block.ls2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.attn_in(F.layer_norm(x, (self.dim,), eps=self.norm1_eps)))
@@ -302,6 +309,12 @@ class IntegerViT(nn.Module):
             one scale per tensor need 1 and are exact.
         dtype: of everything that is not an integer; float64 for comparisons.
 
+    Attributes:
+        norm_pre: of the embeddings; an identity without.
+        heads, heads_in: the classifiers, whose logits are averaged, and the quantizers of their inputs.
+        tokens_of_heads: the tokens whose mean each of them reads.
+        pools_first: whether the last norm follows that mean, not the other way round.
+
     Raises:
         UserError: the network is not calibrated, or has no heads.
     """
@@ -316,21 +329,23 @@ class IntegerViT(nn.Module):
         if model.num_classes == 0:
             raise UserError('the network has no heads (num_classes=0): integer inference ends in logits')
         proj, dim = model.patch_embed.proj, model.embed_dim
-        self.patch_size, self.dim, self.norm_eps = proj.kernel_size, dim, model.norm.eps
+        self.pools_first = isinstance(model.norm, nn.Identity)
+        norm = model.fc_norm if self.pools_first else model.norm
+        self.patch_size, self.dim, self.norm_eps = proj.kernel_size, dim, norm.eps
         self.num_classes, self.input_size = model.num_classes, tuple(model.patch_embed.img_size)
         pixels = math.prod(self.patch_size)
         scale, zero, levels = UnsignedCodes.of(proj.act, proj.in_channels)
         self.patch_in = Quantizer((1 / scale).repeat_interleave(pixels), zero.repeat_interleave(pixels), levels)
         self.patch = IntLinear(proj, self.EDGE_TERMS)
-        tokens = torch.cat([model.cls_token, model.dist_token], 1).detach()
-        prefix, positions = tokens.shape[1], model.pos_embed.detach()
-        self.register_buffer('prefix', (tokens + positions[:, :prefix]).double())       # (1, 2, dim)
-        self.register_buffer('positions', positions[:, prefix:].double())               # (1, patches, dim)
+        prefix, positions = model.constant_embeddings()
+        self.register_buffer('prefix', prefix.double())                                 # (1, prefix tokens, dim)
+        self.register_buffer('positions', positions.double())                           # (1, patches, dim)
+        self.norm_pre = copy.deepcopy(model.norm_pre).requires_grad_(False)
         self.blocks = nn.Sequential(*[IntBlock(block, terms) for block in model.blocks])
-        self.head_in = Quantizer.of(model.head.act, dim, model.norm)
-        self.head_dist_in = Quantizer.of(model.head_dist.act, dim, model.norm)
-        self.head, self.head_dist = (IntLinear(head, self.EDGE_TERMS) for head in (model.head, model.head_dist))
-        self.to(model.cls_token.device, dtype)
+        self.tokens_of_heads = model.tokens_of_heads
+        self.heads_in = nn.ModuleList(Quantizer.of(head.act, dim, norm) for head in model.heads)
+        self.heads = nn.ModuleList(IntLinear(head, self.EDGE_TERMS) for head in model.heads)
+        self.to(model.pos_embed.device, dtype)
         self.eval()
 
     @property
@@ -344,5 +359,13 @@ class IntegerViT(nn.Module):
         patches = images.to(self.positions.dtype).unflatten(3, (-1, w)).unflatten(2, (-1, h))  # (B, C, H', h, W', w)
         codes = self.patch_in(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))      # (B, patches, C h w)
         x = torch.cat([self.prefix.expand(len(images), -1, -1), self.patch(codes) + self.positions], 1)
-        x = F.layer_norm(self.blocks(x)[:, :2], (self.dim,), eps=self.norm_eps)
-        return (self.head(self.head_in(x[:, 0])) + self.head_dist(self.head_dist_in(x[:, 1]))) / 2
+        x = self.blocks(self.norm_pre(x))
+        logits = [head(quantizer(self._pooled(x[:, tokens.start:tokens.stop]))) for head, quantizer, tokens in
+                  zip(self.heads, self.heads_in, self.tokens_of_heads, strict=True)]
+        return sum(logits) / len(logits)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """(B, tokens, dim) -> (B, dim), normalized but for the affine part, which the quantizer took over."""
+        if self.pools_first:
+            return F.layer_norm(x.mean(1), (self.dim,), eps=self.norm_eps)
+        return F.layer_norm(x, (self.dim,), eps=self.norm_eps).mean(1)

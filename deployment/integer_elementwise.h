@@ -75,18 +75,28 @@ inline float clipped_gelu(float x) {
   return y < 10.f ? y : 10.f;
 }
 
-// Normalizes one row and quantizes it: u = quantize((x - mean) / std). The affine part of the LayerNorm is folded into
-// the quantizer.
+// The LayerNorm of one row without its affine part: x -> (x - mean) / std; by default the identity.
+struct Norm {
+  float mean = 0.f, inverse = 1.f;
+  Norm() = default;
+  Norm(const float* x, int n, float eps) {
+    float sum = 0.f, squares = 0.f;
+#pragma omp simd reduction(+ : sum)
+    for (int c = 0; c < n; ++c) sum += x[c];
+    const float centre = sum / n;
+#pragma omp simd reduction(+ : squares)
+    for (int c = 0; c < n; ++c) squares += (x[c] - centre) * (x[c] - centre);
+    mean = centre;
+    inverse = 1.f / std::sqrt(squares / n + eps);
+  }
+  float operator()(float x) const { return (x - mean) * inverse; }
+};
+
+// Normalizes one row and quantizes it. The affine part of the LayerNorm is folded into the quantizer.
 inline void norm_and_quantize(const float* x, int n, float eps, const float* scale, const float* shift, float levels,
                               uint8_t* u) {
-  float sum = 0.f, squares = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int c = 0; c < n; ++c) sum += x[c];
-  const float mean = sum / n;
-#pragma omp simd reduction(+ : squares)
-  for (int c = 0; c < n; ++c) squares += (x[c] - mean) * (x[c] - mean);
-  const float inverse = 1.f / std::sqrt(squares / n + eps);
-  write_codes(n, u, [=](int c) { return quantize((x[c] - mean) * inverse, scale[c], shift[c], levels); });
+  const Norm norm(x, n, eps);
+  write_codes(n, u, [=](int c) { return quantize(norm(x[c]), scale[c], shift[c], levels); });
 }
 
 // Takes the softmax of a query's n scores, (sums - key_offset) score_scale, and quantizes it to u. Returns the sum of

@@ -40,7 +40,7 @@ void* qvit_new(const int32_t* shape, const float* eps) {
   Network* net = nullptr;
   const int failed = status_of([&] {
     auto made = std::make_unique<Network>();
-    static_assert(sizeof(Shape) == 13 * sizeof(int32_t), "as native.py fills it");
+    static_assert(sizeof(Shape) == 18 * sizeof(int32_t), "as native.py fills it");
     std::memcpy(&made->shape, shape, sizeof(Shape));
     std::memcpy(&made->eps, eps, sizeof(Epsilon));
     made->blocks.resize(made->shape.depth);
@@ -55,7 +55,7 @@ int qvit_linear(void* handle, int block, int kind, int inputs, int outputs, int 
                 const float* scale, const int32_t* offset, const float* bias) {
   return status_of([&] {
     auto* net = static_cast<Network*>(handle);
-    Linear* of_network[] = {&net->patch, &net->head, &net->head_dist};
+    Linear* of_network[] = {&net->patch, &net->heads[0], &net->heads[1]};
     Linear* linear = of_network[block < 0 ? kind : 0];
     if (block >= 0) {
       Block& b = net->blocks[block];
@@ -69,7 +69,7 @@ int qvit_linear(void* handle, int block, int kind, int inputs, int outputs, int 
 int qvit_quantizer(void* handle, int block, int kind, int size, int levels, const float* scale, const float* shift) {
   return status_of([&] {
     auto* net = static_cast<Network*>(handle);
-    Quantizer* of_network[] = {&net->patch_in, &net->head_in, &net->head_dist_in};
+    Quantizer* of_network[] = {&net->patch_in, &net->heads_in[0], &net->heads_in[1]};
     Quantizer* quantizer = of_network[block < 0 ? kind : 0];
     if (block >= 0) {
       Block& b = net->blocks[block];
@@ -85,7 +85,7 @@ int qvit_quantizer(void* handle, int block, int kind, int size, int levels, cons
 int qvit_vector(void* handle, int block, int kind, int size, const float* values) {
   return status_of([&] {
     auto* net = static_cast<Network*>(handle);
-    Buffer<float>* of_network[] = {&net->prefix, &net->positions};
+    Buffer<float>* of_network[] = {&net->prefix, &net->positions, &net->pre_weight, &net->pre_bias};
     Buffer<float>* vector = of_network[block < 0 ? kind : 0];
     if (block >= 0) {
       Attention& heads = net->blocks[block].heads;

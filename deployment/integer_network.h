@@ -33,12 +33,15 @@ struct Block {
   Attention heads;
 };
 
+// Of `classifiers`, each reads the mean of the tokens from `first` to before `last`, the second of those one further on.
+// `pools_first`: the last norm follows that mean. `pre_norm`: there is a norm of the embeddings.
 struct Shape {
   int tokens, prefix, dim, depth, heads, hidden, classes, channels, height, width, patch_h, patch_w, rectified;
+  int classifiers, first, last, pools_first, pre_norm;
 };
 
 struct Epsilon {
-  float norm1, norm2, norm, irm;
+  float norm1, norm2, norm, irm, pre;
 };
 
 // Where the threads of an image wait for each other.
@@ -62,7 +65,7 @@ class Barrier {
 
 // What the threads of an image share.
 struct Workspace {
-  Buffer<float> x;                           // (tokens, dim)
+  Buffer<float> x, pooled;                   // (tokens, dim), (dim)
   Buffer<int32_t> key_offset[2];             // (heads, tokens): q_zero times the sum of a key's codes
   Buffer<uint8_t> codes, hidden, queries;    // (tokens, dim), (tokens, widest), (heads, tokens, 64)
   Buffer<int8_t> keys[2], values[2];         // packed matrices, one head after the other. There are two, so that one
@@ -80,9 +83,9 @@ struct Network {
   Shape shape;
   Epsilon eps;
   std::vector<Block> blocks;
-  Linear patch, head, head_dist;
-  Quantizer patch_in, head_in, head_dist_in;
-  Buffer<float> prefix, positions;
+  Linear patch, heads[2];
+  Quantizer patch_in, heads_in[2];
+  Buffer<float> prefix, positions, pre_weight, pre_bias;
 
   int tiles() const { return round_up(shape.tokens, ROWS) / ROWS; }
   int key_strips() const { return round_up(shape.tokens, STRIP) / STRIP; }
@@ -93,9 +96,10 @@ struct Network {
   int widest() const { return std::max(round_up(shape.hidden, PANEL), patch.groups * GROUP); }
 
   Workspace workspace() const {
-    const auto& [tokens, _p, dim, _d, heads, hidden, _c, _ch, _h, _w, _ph, _pw, _r] = shape;
+    const int tokens = shape.tokens, dim = shape.dim, heads = shape.heads;
     Workspace w;
     w.x = Buffer<float>(size_t(tokens) * dim);
+    w.pooled = Buffer<float>(dim);
     w.codes = Buffer<uint8_t>(size_t(tokens) * dim);
     w.hidden = Buffer<uint8_t>(size_t(tokens) * widest());
     w.queries = Buffer<uint8_t>(size_t(tokens) * dim);
@@ -118,7 +122,8 @@ struct Network {
     return s;
   }
 
-  // Writes the embedded tokens: the prefix tokens as they are, the others as the product of an image's patches.
+  // Writes the embedded tokens: the prefix tokens as they are, the others as the product of an image's patches; and
+  // normalizes them where there is such a norm.
   void embed(Workspace& w, const float* image, int begin, int end) const {
     const int across = shape.width / shape.patch_w, dim = shape.dim;
     const size_t stride = widest();
@@ -136,14 +141,19 @@ struct Network {
           write_codes(shape.patch_w, u + k, [=](int j) { return quantize(pixels[j], scale[j], shift[j], levels); });
         }
     }
-    if (first >= end) return;
-    patch.tiles(w.hidden + first * stride, stride, end - first, [&](int row, int count, int panel, const float* y) {
+    if (first < end) patch.tiles(w.hidden + first * stride, stride, end - first, [&](int row, int count, int panel, const float* y) {
       for (int r = 0; r < count; ++r) {
         const size_t at = size_t(first + row + r) * dim + panel * PANEL;
         for (int c = 0; c < PANEL; ++c)
           w.x[at + c] = y[r * PANEL + c] + positions[at - size_t(shape.prefix) * dim + c];
       }
     });
+    for (int token = begin; token < end && shape.pre_norm; ++token) {
+      float* x = w.x + size_t(token) * dim;
+      const float *weight = pre_weight + 0, *bias = pre_bias + 0;
+      const Norm norm(x, dim, eps.pre);
+      for (int c = 0; c < dim; ++c) x[c] = norm(x[c]) * weight[c] + bias[c];
+    }
   }
 
   // Normalizes the tokens and writes the codes of their queries, keys and values.
@@ -262,13 +272,31 @@ struct Network {
     add(b.fc2, w.hidden, stride, w, begin, end);
   }
 
-  // Writes the mean of both heads' logits, of the class and the distillation token.
+  // Writes the codes of what a classifier reads.
+  void pool(Workspace& w, int first, int last, const Quantizer& quantizer) const {
+    const int dim = shape.dim;
+    const float *scale = quantizer.scale + 0, *shift = quantizer.shift + 0, levels = quantizer.levels;
+    if (last - first == 1)
+      return norm_and_quantize(w.x + size_t(first) * dim, dim, eps.norm, scale, shift, levels, w.codes);
+    float* pooled = w.pooled;
+    std::fill(pooled, pooled + dim, 0.f);
+    for (int token = first; token < last; ++token) {
+      const float* x = w.x + size_t(token) * dim;
+      const Norm norm = shape.pools_first ? Norm() : Norm(x, dim, eps.norm);
+      for (int c = 0; c < dim; ++c) pooled[c] += norm(x[c]);
+    }
+    for (int c = 0; c < dim; ++c) pooled[c] /= last - first;
+    if (shape.pools_first)
+      norm_and_quantize(pooled, dim, eps.norm, scale, shift, levels, w.codes);
+    else
+      write_codes(dim, w.codes, [=](int c) { return quantize(pooled[c], scale[c], shift[c], levels); });
+  }
+
+  // Writes the mean of the classifiers' logits.
   void classify(Workspace& w, float* logits) const {
-    for (int i = 0; i < 2; ++i) {
-      const Quantizer& quantizer = i ? head_dist_in : head_in;
-      norm_and_quantize(w.x + size_t(i) * shape.dim, shape.dim, eps.norm, quantizer.scale, quantizer.shift,
-                        quantizer.levels, w.codes);
-      (i ? head_dist : head).tiles(w.codes, shape.dim, 1, [&](int, int, int panel, const float* y) {
+    for (int i = 0; i < shape.classifiers; ++i) {
+      pool(w, shape.first + i, shape.last + i, heads_in[i]);
+      heads[i].tiles(w.codes, shape.dim, 1, [&](int, int, int panel, const float* y) {
         for (int c = 0; c < PANEL && panel * PANEL + c < shape.classes; ++c)
           logits[panel * PANEL + c] = i ? (logits[panel * PANEL + c] + y[c]) / 2 : y[c];
       });
@@ -288,6 +316,7 @@ struct Network {
       add(blocks[i].proj, w.codes, shape.dim, w, begin, end);
       mlp(blocks[i], w, begin, end);
     }
+    if (shape.last - shape.first > 1) barrier.wait();  // it reads the tokens of all
     if (member == 0) classify(w, logits);
     barrier.wait();  // the next image overwrites this one's keys and values
   }

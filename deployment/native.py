@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deployment.integer import IntBlock, IntegerViT, IntLinear, Quantizer
 from ops.cpp_library import NativeUnavailable, load
@@ -69,19 +69,24 @@ class NativeViT:
         channels = network.patch.weight.shape[-1] // math.prod(network.patch_size)
         self.image_shape = channels, *network.input_size
         block, prefix = network.blocks[0], network.prefix.shape[1]
+        read, has_norm_pre = network.tokens_of_heads[0], isinstance(network.norm_pre, nn.LayerNorm)
         tokens, hidden = prefix + network.positions.shape[1], block.fc1.weight.shape[1]
         shape = torch.tensor([tokens, prefix, network.dim, len(network.blocks), block.attn.num_heads, hidden,
-                              network.num_classes, *self.image_shape, *network.patch_size, block.attn.rectified],
+                              network.num_classes, *self.image_shape, *network.patch_size, block.attn.rectified,
+                              len(network.heads), read.start, read.stop, network.pools_first, has_norm_pre],
                              dtype=torch.int32)  # a Shape of the kernels
-        eps = torch.tensor([block.norm1_eps, block.norm2_eps, network.norm_eps, block.attn.norm_eps])  # their Epsilon
+        eps = torch.tensor([block.norm1_eps, block.norm2_eps, network.norm_eps, block.attn.norm_eps,
+                            network.norm_pre.eps if has_norm_pre else 0.])  # their Epsilon
         self._handle = self._library.qvit_new(shape.data_ptr(), eps.data_ptr())
         if not self._handle:
             raise MemoryError('no memory for the network in the kernels')
-        for kind, name in enumerate(('patch', 'head', 'head_dist')):
-            self._linear(-1, kind, getattr(network, name))
-            self._quantizer(-1, kind, getattr(network, f'{name}_in'))
-        for kind, name in enumerate(('prefix', 'positions')):
-            self._vector(-1, kind, getattr(network, name))
+        for kind, (layer, quantizer) in enumerate(((network.patch, network.patch_in),
+                                                   *zip(network.heads, network.heads_in, strict=True))):
+            self._linear(-1, kind, layer)
+            self._quantizer(-1, kind, quantizer)
+        of_norm_pre = (network.norm_pre.weight, network.norm_pre.bias) if has_norm_pre else ()
+        for kind, values in enumerate((network.prefix, network.positions, *of_norm_pre)):
+            self._vector(-1, kind, values)
         for index, block in enumerate(network.blocks):
             self._block(index, block)
 

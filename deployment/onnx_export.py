@@ -21,6 +21,7 @@ from torch import Tensor
 
 from checkpoints.networks import ModelInfo
 from deployment.integer import IntAttention, IntBlock, IntegerViT, IntLinear
+from models import is_quantized
 from quant_vision_transformer import QVisionTransformer
 from utils import UserError, write_whole
 
@@ -45,6 +46,8 @@ NEWEST_OPSET = max(IR_VERSION)
 
 def _embedded(g: Graph, images: str, patches: str, prefix: Tensor, positions: Tensor) -> str:
     """Patches (B, patches, dim) with their position embeddings, behind the prefix tokens of every image."""
+    if not prefix.shape[1]:
+        return g.plus(patches, positions)
     size = g.op('Shape', images, start=0, end=1)
     shape = g.op('Concat', size, g.const(prefix.shape[1:], np.int64), axis=0)
     return g.op('Concat', g.op('Expand', g.const(prefix), shape), g.plus(patches, positions), axis=1)
@@ -134,15 +137,28 @@ def _quantized(g: Graph, net: IntegerViT, images: str, originals: dict[nn.Module
     patches = _patches(g, images, net.input_size, net.patch_size)
     x = linear[net.patch].add(g, to_codes(g, patches, Affine.of(net.patch_in)))
     x = _embedded(g, images, x, net.prefix, net.positions)
+    if isinstance(net.norm_pre, nn.LayerNorm):
+        x = g.layer_norm(x, net.dim, net.norm_pre.eps, net.norm_pre.weight, net.norm_pre.bias)
     for i, block in enumerate(net.blocks):
         g.scope = f'blocks.{i}'
         x = _block(g, block, x, linear)
-    g.scope, heads = 'head', []
-    for token, (quant, head) in enumerate(((net.head_in, net.head), (net.head_dist_in, net.head_dist))):
-        y = g.op('Slice', x, *(g.const([value], np.int64) for value in (token, token + 1, 1)))
-        codes = normalized_codes(g, y, net.dim, net.norm_eps, Affine.of(quant))
-        heads.append(linear[head].affine(torch.tensor(.5)).add(g, codes))
-    return g.op('Squeeze', g.op('Add', *heads), g.const([1], np.int64), name='logits')
+    g.scope, logits = 'head', []
+    for tokens, quant, head in zip(net.tokens_of_heads, net.heads_in, net.heads, strict=True):
+        y = g.op('Slice', x, *(g.const([value], np.int64) for value in (tokens.start, tokens.stop, 1)))
+        codes = _pooled_codes(g, net, y, len(tokens), Affine.of(quant))
+        logits.append(linear[head].affine(torch.tensor(1 / len(net.heads))).add(g, codes))
+    return g.op('Squeeze', g.op('Add', *logits) if len(logits) == 2 else logits[0], g.const([1], np.int64),
+                name='logits')
+
+
+def _pooled_codes(g: Graph, net: IntegerViT, x: str, tokens: int, affine: Affine) -> Codes:
+    """The codes of what a head reads, (B, 1, dim), of the tokens that it reads, (B, tokens, dim)."""
+    if tokens == 1:
+        return normalized_codes(g, x, net.dim, net.norm_eps, affine)
+    mean = g.const(torch.full((1, tokens), 1 / tokens))
+    if net.pools_first:
+        return normalized_codes(g, g.op('MatMul', mean, x), net.dim, net.norm_eps, affine)
+    return to_codes(g, g.op('MatMul', mean, g.layer_norm(x, net.dim, net.norm_eps)), affine)
 
 
 def _block(g: Graph, block: IntBlock, x: str, linear: dict[nn.Module, Linear]) -> str:
@@ -187,7 +203,7 @@ def _full_precision(g: Graph, model: VisionTransformer, images: str) -> str:
 
 def _originals(net: IntegerViT, model: QVisionTransformer) -> dict[nn.Module, nn.Module]:
     """By integer layer, the fake-quantized one that it was made of."""
-    pairs = {net.patch: model.patch_embed.proj, net.head: model.head, net.head_dist: model.head_dist}
+    pairs = {net.patch: model.patch_embed.proj, **dict(zip(net.heads, model.heads, strict=True))}
     for ours, theirs in zip(net.blocks, model.blocks, strict=True):
         pairs |= {ours.attn.qkv: theirs.attn.qkv, ours.attn.proj: theirs.attn.proj, ours.fc1: theirs.mlp.fc1,
                   ours.fc2: theirs.mlp.fc2}
@@ -250,7 +266,7 @@ def _checked_opset(opset: int | None, weights: str, has_codes: bool) -> int:
 
 def _check_full_precision(model: VisionTransformer) -> None:
     """Refuses the forms of timm's VisionTransformer that no DeiT has."""
-    if isinstance(model, QVisionTransformer):
+    if is_quantized(model):
         raise UserError('a fake-quantized network is exported as the IntegerViT made of it')
     block = model.blocks[0]
     identities = ('norm_pre', 'fc_norm', 'patch_embed.norm',

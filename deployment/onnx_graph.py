@@ -223,7 +223,9 @@ class Linear(NamedTuple):
         channels = original.weight.shape[1]
         in_scale, zero = (value.cpu().repeat_interleave(codes.shape[1] // channels)
                           for value in UnsignedCodes.of(original.act, channels)[:2])
-        bias = _bias(original) - out_scale * (codes.double() @ (in_scale * zero))
+        gain = 1. if layer.gain is None else layer.gain
+        out_scale, bias = out_scale * gain, _bias(original) * gain
+        bias = bias - out_scale * (codes.double() @ (in_scale * zero))
         return cls([codes], [out_scale], bias, bits, input_scale=in_scale)._less_cancellation(layer)
 
     def _less_cancellation(self, layer: IntLinear) -> Linear:

@@ -14,6 +14,7 @@ from checkpoints.networks import ModelInfo, OpenedNetwork, open_network
 from deployment.integer import IntegerViT
 from files.images import load_image
 from files.paths import fault
+from models import is_quantized
 from quant_vision_transformer import QVisionTransformer
 from utils import UserError, printable
 
@@ -30,7 +31,7 @@ NAMED_BY = 'deploy.py pack --model NAME'  # names the network of a file that doe
 def open_quantized(path: str | Path, model: str | None = None, *, what: str = NAMED_BY) -> OpenedNetwork:
     """Opens a packed file or a checkpoint as `open_network` does, and refuses networks that are not quantized."""
     opened = open_network(path, model, what=what)
-    if not isinstance(opened.model, QVisionTransformer):
+    if not is_quantized(opened.model):
         raise UserError(f'{path} holds {opened.info.model}, which is not quantized: give a quantized checkpoint')
     return opened
 

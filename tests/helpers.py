@@ -26,6 +26,17 @@ TINY = (*SHAPE, '--input-size', '16', '--batch-size', '128', '--num_workers', '0
         'fusedlamb', '--lr', '1e-2', '--warmup-epochs', '0', '--weight-decay', '0', '--no-repeated-aug', '--print-freq',
         '4')
 
+FORMS = {  # options of timm's VisionTransformer, those of networks with one head
+    'vit': {}, 'layer scale': {'init_values': 0.1}, 'patch 14': {'patch_size': 14, 'img_size': 28},
+    'patch 16': {'patch_size': 16}, 'patch 32': {'patch_size': 32, 'img_size': 64},
+    'registers': {'reg_tokens': 4, 'init_values': 0.1}, 'deit3': {'no_embed_class': True, 'init_values': 1e-6},
+    'dinov2 registers': {'no_embed_class': True, 'reg_tokens': 4, 'init_values': 1e-5},
+    'average': {'global_pool': 'avg'}, 'average without class token': {'global_pool': 'avg', 'class_token': False},
+    'gap with registers': {'global_pool': 'avg', 'class_token': False, 'no_embed_class': True, 'reg_tokens': 4},
+    'average of normalized tokens': {'global_pool': 'avg', 'fc_norm': False},
+    'average of all tokens': {'global_pool': 'avg', 'pool_include_prefix': True},
+    'clip': {'pre_norm': True}, 'normalized class token': {'fc_norm': True}}
+
 
 def require(package: str) -> ModuleType:
     """A third-party package; the test or module that asks for it is skipped where it is not installed.

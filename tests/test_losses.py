@@ -314,6 +314,16 @@ def test_token_distance_by_hand():
     assert all(x.grad.abs().sum() > 0 for x in ours)
 
 
+@pytest.mark.parametrize('prefixes', [(0, 1), (1, 0), (0, 0)])
+def test_without_special_tokens_patches_count_alone(prefixes):
+    patches = torch.randn(2, 2, 5, 3)
+    ours, theirs = ([torch.cat([torch.randn(2, prefix, 3), tokens], 1)]
+                    for prefix, tokens in zip(prefixes, patches, strict=True))
+    spread = (patches[1] - patches[1].mean((0, 1))).square().mean()
+    torch.testing.assert_close(token_distance(ours, theirs, *prefixes),
+                               (patches[0] - patches[1]).square().mean() / spread)
+
+
 def outputs_of_blocks(model, images):
     """The tokens behind each block, computed step by step."""
     x, found = model._pos_embed(model.patch_embed(images)), []
@@ -382,10 +392,23 @@ def test_mistakes_are_named(changes, message):
     assert '\n' not in str(caught.value)
 
 
-def test_distillation_refuses_single_heads_and_other_classes(batch):
+@pytest.mark.parametrize('kind', ['hard', 'soft', 'both'])
+def test_a_single_head_learns_from_labels_and_teacher(batch, kind):
+    """As two heads would that agree."""
+    loss, single = criterion(FixedTeacher(batch['teacher']), kind, 0.3, 2.), batch['pair'][0]
+    found = loss(batch['images'], single, batch['labels'])
+    wanted = loss(batch['images'], (single, single), batch['labels'])
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value)
+    gradient, = torch.autograd.grad(found['loss'], single)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted['loss'], single)[0])
+    if kind == 'hard':
+        torch.testing.assert_close(found['loss'], 0.7 * F.cross_entropy(single, batch['labels'])
+                                   + 0.3 * F.cross_entropy(single, batch['teacher'].argmax(1)))
+
+
+def test_distillation_refuses_other_classes(batch):
     loss = criterion(FixedTeacher(batch['teacher'][:, :7]), 'hard')
-    with pytest.raises(UserError, match='distillation token'):
-        loss(batch['images'], batch['pair'][0], batch['labels'])
     with pytest.raises(UserError, match='teacher has 7 classes, the student 10'):
         loss(batch['images'], batch['pair'], batch['labels'])
 

@@ -292,6 +292,8 @@ def test_augmentation_flags_of_photographs(photographs, tmp_path):
     ('--model-kwargs patch_size=32 --input-size 16', 'does not divide the image size (16, 16)'),
     ('--output_dir here.pth', '--output_dir here.pth cannot be written'),
     ('--model-kwargs in_chans=1', '--model-kwargs in_chans=1: images of all data sets come with 3 channels'),
+    ('--finetune-mean 0.5 0.5 0.5', 'are of the weights of --finetune'),
+    ('--finetune here.pth --finetune-std 0.5 0 0.5', '--finetune-std 0.0'),
     ('--model-kwargs bits=3', '--model-kwargs bits is no option that a checkpoint could describe'),
     ('--model-kwargs checkpoint_path=here.pth', '--model-kwargs checkpoint_path is no option'),
     ('--model-kwargs embed_dim=50', 'cannot be built (embed_dim 50 is not a multiple of num_heads 3)'),

@@ -84,6 +84,8 @@ def _check_files(args: Namespace) -> None:
     _require(not args.eval or bool(args.resume or args.finetune), '--eval needs --resume, the checkpoint to evaluate, '
              'or --finetune, full-precision weights to calibrate')
     # With --resume auto, --finetune is how the run starts, and the same command line continues it.
+    _require(bool(args.finetune) or not (args.finetune_mean or args.finetune_std), '--finetune-mean and '
+             '--finetune-std are of the weights of --finetune: name them')
     _require(args.resume in ('', 'auto') or not args.finetune, '--resume continues a run and --finetune starts one: '
                                                                'choose one')
     _require(not (args.resume and args.start_epoch), '--start_epoch: the checkpoint of --resume says the epoch')

@@ -20,8 +20,7 @@ from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, create_network, load_quantized, network_info, state_of
 from losses import Distillation, DistillationLoss, check_dgd_compatible
-from models import Teacher
-from quant_vision_transformer import QVisionTransformer
+from models import Teacher, is_quantized
 from training.data import Mixing
 from utils import UserError, rng_states, set_rng_state
 
@@ -137,7 +136,7 @@ def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size
     head = state_of(checkpoint).get('head.weight')
     if head is not None:
         _check_classes(path, len(head), num_classes, data_set)
-    if isinstance(teacher, QVisionTransformer):
+    if is_quantized(teacher):
         load_quantized(teacher, checkpoint)
         return teacher
     for note in load_full_precision(teacher, checkpoint):
@@ -186,13 +185,16 @@ def settle_dgd_weight(weight: float | None, student: nn.Module, teacher: nn.Modu
     """
     if teacher is None or weight == 0:
         return weight or 0.
-    reason = None if isinstance(student, QVisionTransformer) else f'student {name} is not quantized'
+    reason = None if is_quantized(student) else f'student {name} is not quantized'
     reason = reason or check_dgd_compatible(student, teacher)
     if weight is None:
         weight = 0. if reason else 1.
         print(f'--dgd-weight {weight:g}: ' + (reason or 'the layers and heads of the teacher match'))
     elif reason:
         raise UserError(f'--dgd-weight {weight:g} cannot be used, {reason}: pass --dgd-weight 0')
+    ours, theirs = (getattr(network, 'num_prefix_tokens', 1) for network in (student, teacher))
+    if weight and ours != theirs:
+        print(f'DGD compares the patch tokens alone: the student has {ours} before them, the teacher {theirs}')
     return weight
 
 
@@ -207,13 +209,16 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
     Raises:
         UserError: tokens are to be compared, but the student is not quantized, or differs in depth or width.
     """
+    if distillation.distillation_type != 'none' and not hasattr(student, 'head_dist'):
+        print(f'--distillation-type {distillation.distillation_type}: the student has one head, which learns from the '
+              'labels and from the teacher')
     if mixing.active:
         base = SoftTargetCrossEntropy()
     else:
         base = LabelSmoothingCrossEntropy(mixing.smoothing) if mixing.smoothing else nn.CrossEntropyLoss()
     compares_tokens = distillation.token_weight > 0
     if compares_tokens:
-        if not isinstance(student, QVisionTransformer):
+        if not is_quantized(student):
             raise UserError(f'--token-weight {distillation.token_weight}: {type(student).__name__} does not give the '
                             'outputs of its blocks, pass 0 or choose a quantized network')
         blocks = [[getattr(net, 'embed_dim', None)] * len(getattr(net, 'blocks', [])) for net in (student, teacher)]

@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+from helpers import FORMS
 from toys import SMALL, TINY, create
 
 from analysis.cost import bops, countings, layers, ops, summary, theoretical_size
@@ -35,6 +36,39 @@ def test_operations_by_hand(size, dim, total, bits, share):
     assert row['ops'] == blocks * share + macs['edges'] / 4
     assert row['ops_ratio'] == total / row['ops'] and row['bops_ratio'] == total * 1024 / row['bops']
     assert (row['weight_bits'], row['act_bits'], row['input_size']) == (bits, bits, 224)
+
+
+def test_one_head_by_hand():
+    """One token, head and position less than with two; ViT-Tiny has 1.26 G multiply-accumulates, 5.7 M parameters."""
+    row, macs = summary('it', timm.create_model('fourbits_vit_tiny_patch16_224')), hand_macs(192, 197, heads=1)
+    assert row['macs'] == sum(macs.values()) == 1_253_683_200
+    assert row['ops'] == (macs['linear'] + macs['attention']) / 8 + macs['edges'] / 4
+    full = timm.create_model('deit_tiny_patch16_224')
+    assert row['full_precision_size_bytes'] == 4 * sum(p.numel() for p in full.parameters()) == 4 * 5_717_416
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_full_precision_is_timms_network_of_that_form(form):
+    options = {'img_size': 32, 'patch_size': 8, 'embed_dim': 48, 'depth': 2, 'num_heads': 3,
+               'num_classes': 10} | FORMS[form]
+    full = timm.create_model('vit_tiny_patch16_224', **options)
+    ours, theirs = (summary('it', model) for model in (timm.create_model('twobits_vit_tiny_patch16_224', **options),
+                                                       full))
+    for key in ('macs', 'full_precision_size_bytes', 'full_precision_bops', 'full_precision_ops'):
+        assert ours[key] == theirs[key]
+    assert theirs['full_precision_size_bytes'] == 4 * sum(p.numel() for p in full.parameters())
+
+
+def test_layer_scale_and_the_mean_of_the_tokens_are_elementwise_work():
+    """18 tokens of 48 channels: one product each for LayerScale, twice a block; 16 patches are added up."""
+    def work(**options) -> int:
+        shape = {'img_size': 32, 'patch_size': 8, 'embed_dim': 48, 'depth': 2, 'num_heads': 3, 'num_classes': 10}
+        return sum(t.reference_work for t in analyse(timm.create_model('fourbits_vit_tiny_patch16_224',
+                                                                       **shape | options))[0])
+    plain = work(reg_tokens=1)
+    assert work(reg_tokens=1, init_values=1e-5) - plain == 4 * 18 * 48
+    # The last norm is then of one vector in place of 18.
+    assert work(reg_tokens=1, global_pool='avg') - plain == 16 * 48 - 7 * 17 * 48
 
 
 @pytest.mark.parametrize('size, dim, heads', [('tiny', 192, 3), ('small', 384, 6)])

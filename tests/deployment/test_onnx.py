@@ -84,10 +84,11 @@ def with_original_weights(net: IntegerViT, model) -> IntegerViT:
                        for value in UnsignedCodes.of(layer.act, layer.weight.shape[1])[:2])
         return lambda codes: F.linear((codes - zero) * scale, weight, layer.bias.double())
 
+    heads = {'heads.0': 'head', 'heads.1': 'head_dist'}
     names = {'patch': 'patch_embed.proj', 'fc1': 'mlp.fc1', 'fc2': 'mlp.fc2'}
     for name, layer in net.named_modules():
         if isinstance(layer, IntLinear):
-            parent, _, leaf = name.rpartition('.')
+            parent, _, leaf = heads.get(name, name).rpartition('.')
             layer.forward = forward(model.get_submodule(f'{parent}.{names.get(leaf, leaf)}'.lstrip('.')))
     return net
 
