@@ -27,13 +27,13 @@ import models  # noqa: F401  (registers full-precision networks)
 import quant_vision_transformer  # noqa: F401  (registers the quantized ones)
 from benchmarks import inference
 from checkpoints.networks import ModelInfo, open_network
-from datasets import DATASETS, build_transform
+from datasets import build_transform, choose_data_set
 from deployment import evaluation, packing, predictor
 from deployment.integer import IntegerViT
 from engine import evaluate
 from quant_vision_transformer import QVisionTransformer
-from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
-from training.flags import crop_ratio, positive_int, workers
+from training.data import Loading, build_eval_dataset, build_eval_loader, source_of
+from training.flags import add_data_arguments, crop_ratio, positive_int, workers
 from utils import Parser, Ranks, entry_point, pick, printable
 
 
@@ -48,8 +48,8 @@ def run_inspect(args: Namespace) -> None:
 
 def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
     """The evaluation images of the flags, labelled as main.py labels them; evenly spread ones with --limit."""
-    data_set = evaluation.data_set_of(args.file, info, args.data_set, args.data_path)
-    source = pick(DataSource, vars(args) | {'data_set': data_set, 'input_size': info.input_size})
+    data_set = choose_data_set(args.data_set, args.data_path, info.data_set, args.file)
+    source = source_of(info, vars(args) | {'data_set': data_set})
     dataset = build_eval_dataset(source, info.num_classes)
     evaluation.check_classes(args.file, info, data_set, dataset.classes)
     loading = Loading(args.batch_size, args.num_workers, pin_mem=False)
@@ -75,7 +75,7 @@ def run_eval(args: Namespace) -> None:
 
 def run_predict(args: Namespace) -> None:
     info, model, _ = predictor.open_quantized(args.packed)
-    transform = build_transform(False, info.input_size, info.data_set or 'IMNET')
+    transform = build_transform(False, info.input_size, info.data_set or 'IMNET', normalization=info.normalization)
     names = predictor.class_names(info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
     for path in args.image:
@@ -145,9 +145,7 @@ Images, crop and labels are those of main.py --eval.
     add('--limit', type=positive_int, metavar='N', help='N images, evenly spread')
     add('--batch-size', default=64, type=positive_int,
         help='as for main.py, which evaluates 1.5 times as many (default: 64)')
-    add('--data-path', help='folder of the data set')
-    add('--data-set', choices=DATASETS, help='that of the file unless given')
-    add('--inat-category', default='name', help='(default: %(default)s)')
+    add_data_arguments(add, 'that of the file unless given')
     add('--eval-crop-ratio', default=0.875, type=crop_ratio, help='(default: %(default)s)')
     add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=workers,
         help='(here: %(default)s)')

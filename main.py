@@ -26,7 +26,7 @@ from calibration.reconstruction import Reconstruction
 from checkpoints.files import read_checkpoint, write_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, network_info
-from datasets import DATASETS, Augmentation, SeededSamples
+from datasets import Augmentation, Normalization, SeededSamples, choose_data_set, normalization
 from engine import AMP_DTYPES, Loop, autocast, evaluate_and_say, fit
 from losses import DISTILLATION_TYPES, Distillation
 from ops import cpu_memory
@@ -151,9 +151,7 @@ def get_args_parser() -> ArgumentParser:
 
     group = parser.add_argument_group('data and evaluation')
     add = group.add_argument
-    add('--data-path', help='folder of the data set')
-    add('--data-set', choices=DATASETS, help='IMNET where there is a --data-path, else DIGITS')
-    add('--inat-category', default='name')
+    flags.add_data_arguments(add, 'IMNET where there is a --data-path, else DIGITS')
     add('--eval', action='store_true', help='only evaluate: --resume, or --finetune after calibration alone '
         '(post-training quantization; --output_dir gets the network as calibrated.pth)')
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
@@ -252,21 +250,26 @@ def settle_network(args: Namespace, checkpoint: dict[str, Any] | None) -> ModelI
     if checkpoint is not None:
         info = network_info(args.resume, checkpoint, args.model, args.model_kwargs, args.input_size)
         args.model, args.input_size, args.model_kwargs = info.model, info.input_size, dict(info.kwargs)
-        args.data_set = args.data_set or info.data_set
-        if args.model_kwargs.get('in_chans', 3) != 3:
-            raise UserError(f'{args.resume} is of a network for {args.model_kwargs["in_chans"]} channels, images of '
-                            'all data sets come with 3')
+        args.mean, args.std = args.mean or info.mean, args.std or info.std
     args.model = args.model or DEFAULT_MODEL
     args.input_size = args.input_size or DEFAULT_SIZE
-    args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')
-    if args.data_set != 'DIGITS' and args.data_path is None:
-        raise UserError(f'{args.resume} is of {args.data_set}: pass its --data-path')
+    args.data_set = choose_data_set(args.data_set, args.data_path, info.data_set if info else None, args.resume)
+    normalization_of(args)  # refuses what does not go together
     return info
+
+
+def normalization_of(args: Namespace) -> Normalization:
+    return normalization(args.mean, args.std, args.model_kwargs.get('in_chans') or 3)
+
+
+def source_of(args: Namespace) -> data.DataSource:
+    """Where the run's images come from."""
+    return pick(data.DataSource, vars(args) | {'normalization': normalization_of(args)})
 
 
 def build_datasets(args: Namespace, ranks: Ranks) -> tuple[SeededSamples, Dataset]:
     """The training part and the evaluation part."""
-    source = pick(data.DataSource, vars(args))
+    source = source_of(args)
     with data.rank_0_first(ranks):
         dataset = data.build_train_dataset(source, pick(Augmentation, vars(args)), args.soft_labels)
         args.nb_classes = len(dataset.classes)
@@ -298,7 +301,7 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
         images = data.first_batch_images(dataset, sampler, args.batch_size)
     else:
         count = args.calibration_images or CALIBRATIONS[calibration]
-        images = data.calibration_images(dataset, pick(data.DataSource, vars(args)), count, args.seed)
+        images = data.calibration_images(dataset, source_of(args), count, args.seed)
     if args.calibration is None:
         print(f'--calibration {calibration}: {len(images)} images')
     networks.calibrate_student(model, images, calibration, Reconstruction(args.calibration_epochs, seed=args.seed),
@@ -307,7 +310,8 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
 
 def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:
     classes = list(dataset.classes)
-    return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set)
+    return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set,
+                     args.mean and tuple(args.mean), args.std and tuple(args.std))
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ def evaluate(args: Namespace, setting: Setting) -> None:
     """Evaluates the network of a checkpoint, and the average of its weights where that is asked for."""
     known = setting.checkpoint_info
     with data.rank_0_first(setting.ranks):
-        dataset = data.build_eval_dataset(pick(data.DataSource, vars(args)), known.num_classes)
+        dataset = data.build_eval_dataset(source_of(args), known.num_classes)
     if known.classes not in (None, dataset.classes):
         print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
     model = build_student(args, setting, len(dataset.classes))
@@ -368,8 +372,8 @@ def train(args: Namespace, setting: Setting) -> None:
         seed=args.seed, start_epoch=args.start_epoch)
     network = networks.wrap(model, device, args.compile)  # now, with the parameters that are trained
     with autocast(device, args.amp):
-        networks.settle_buckets(network, torch.zeros(args.batch_size, 3, args.input_size, args.input_size,
-                                                     device=device))
+        networks.settle_buckets(network, torch.zeros(args.batch_size, normalization_of(args).in_chans,
+                                                     args.input_size, args.input_size, device=device))
     args.n_parameters = training.n_parameters
     print(f'number of params: {args.n_parameters}')
     if setting.checkpoint is not None:
@@ -395,7 +399,7 @@ def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_cla
     teacher = None
     if (args.distillation_type != 'none' or args.dgd_weight or args.token_weight) and not args.soft_labels:
         teacher = networks.build_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size,
-                                         args.data_set).to(setting.device)
+                                         args.data_set, normalization_of(args).in_chans).to(setting.device)
         ops.use(teacher, setting.implementation)
     dgd_weight = networks.settle_dgd_weight(args.dgd_weight, model, teacher, args.model)
     distillation = pick(Distillation, vars(args) | {'dgd_weight': dgd_weight})

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from datasets import IMAGENET, Normalization
 
 __all__ = ['stacked', 'to_pictures']
 
@@ -17,7 +18,8 @@ def stacked(dataset: Dataset, count: int | None = None) -> Tensor:
     return torch.stack([dataset[index][0] for index in indices])
 
 
-def to_pictures(images: Tensor) -> np.ndarray:
-    """Normalized images (B, 3, H, W) as pictures (B, H, W, 3) from 0 to 1."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+def to_pictures(images: Tensor, by: Normalization = IMAGENET) -> np.ndarray:
+    """Normalized images (B, C, H, W) as pictures (B, H, W, 3) from 0 to 1."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (by.mean, by.std))
+    pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    return pictures.expand(-1, -1, -1, 3).numpy()

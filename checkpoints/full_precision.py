@@ -6,6 +6,7 @@ import logging
 import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from _quan_base import ActQ, named_quantizers
@@ -71,6 +72,7 @@ def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor
     if any('.norm_q.' in name for name in given) and hasattr(model, 'quant') and not model.quant.irm:
         raise UserError('the checkpoint was made with irm=True: pass --model-kwargs irm=True')
     state = {name: value for name, value in given.items() if not is_quantizer_entry(name)}
+    _adapt_channels(state, own, notes)
     check_shapes({name: value for name, value in state.items() if name in own and value.ndim != own[name].ndim}, own)
     prefix_tokens = 2 if 'dist_token' in state else 1
     _adapt_distillation(state, own, notes)
@@ -88,6 +90,16 @@ def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor
     check_finite({name: value for name, value in state.items() if not is_quantizer_entry(name)})
     refuse([name for name in own if name not in state], [name for name in state if name not in own])
     return state, notes
+
+
+def _adapt_channels(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:
+    """Makes filters of colours those of grey images: their sum, by timm, which gives the same for a grey picture."""
+    name = 'patch_embed.proj.weight'
+    filters, wanted = state.get(name), own.get(name)
+    if (filters is not None and wanted is not None and filters.ndim == wanted.ndim == 4
+            and (filters.shape[1], wanted.shape[1]) == (3, 1)):
+        notes.append('the checkpoint is of colour images: its filters are summed up for grey ones')
+        state[name] = adapt_input_conv(1, filters)
 
 
 def _adapt_distillation(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:

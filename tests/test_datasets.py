@@ -19,14 +19,15 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from datasets import DATASETS, Augmentation, ImageList, build_transform
+from datasets import DATASETS, Augmentation, ImageList, Reading, build_transform, choose_data_set
 from utils import UserError
 
 
-def build(is_train, data_set='IMNET', data_path=None, input_size=48, **options):
+def build(is_train, data_set='IMNET', data_path=None, input_size=48, num_classes=None, **reading):
     """The data set with DeiT's augmentation, and its number of classes."""
     transform = build_transform(is_train, input_size, data_set)
-    return datasets.build_dataset(is_train, data_set, data_path, transform, **options)
+    return datasets.build_dataset(is_train, data_set, data_path, transform, num_classes=num_classes,
+                                  reading=Reading(**reading))
 
 
 def write_image(path, seed=0, size=(60, 50)):
@@ -56,6 +57,19 @@ def imnet(tmp_path):
 
 def test_unknown_data_set_names_the_choices():
     user_error(lambda: build(True, 'MNIST'), "'MNIST'", *DATASETS)
+
+
+def test_the_data_set_is_that_of_the_flag_or_of_the_file():
+    assert choose_data_set('INAT', 'here', 'CIFAR10', 'f') == 'INAT'
+    assert choose_data_set(None, 'here', 'CIFAR10', 'f') == 'CIFAR10'
+    assert choose_data_set(None, 'here', None, 'f') == choose_data_set(None, 'here') == 'IMNET'
+    assert choose_data_set(None, None, None, 'f') == choose_data_set(None, None) == 'DIGITS'
+    assert choose_data_set('hfds/beans', None, 'DIGITS') == 'hfds/beans'
+    for asked, described, line in (
+            (None, 'CIFAR10', 'f is of CIFAR10: pass its --data-path'), ('INAT', 'DIGITS', 'INAT needs --data-path'),
+            (None, 'hfds/beans', 'f is of hfds/beans: pass its --data-set'), ('wds/a', None, 'wds/a needs --data-path'),
+            ('hfds/', None, "--data-set 'hfds/' is unknown: choose one of"), ('imnet', None, 'is unknown')):
+        user_error(lambda asked=asked, described=described: choose_data_set(asked, None, described, 'f'), line)
 
 
 # ImageNet folders

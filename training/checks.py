@@ -8,6 +8,7 @@ from argparse import Namespace
 import torch
 
 from checkpoints.descriptions import OPTIONS, check_options, check_registered
+from datasets import choose_data_set
 from files.paths import check_file
 from training.data import Mixing
 from training.optimizer import OptimizerConfig, check_optimizer
@@ -43,9 +44,6 @@ def _check_model(args: Namespace) -> None:
     for name in args.model_kwargs:
         _require(name in OPTIONS, f'--model-kwargs {name} is no option that a checkpoint could describe: '
                                   f'{closest(name, OPTIONS)}')
-    channels = args.model_kwargs.get('in_chans', 3)
-    _require(channels == 3, f'--model-kwargs in_chans={channels}: images of all data sets come with 3 channels, leave '
-                            'it out')
     frequencies = args.oscillation_freezing or []
     _require(len(frequencies) <= 2, f'--oscillation-freezing {" ".join(map(str, frequencies))}: choose one value '
                                     'between 0 and 1, or two')
@@ -79,8 +77,8 @@ def _can_compute(device: torch.device) -> bool:
 
 def _check_files(args: Namespace) -> None:
     """Looks at what the run starts from and reads."""
-    _require(args.data_set in (None, 'DIGITS') or args.data_path is not None, f'--data-set {args.data_set} needs '
-                                                                              '--data-path')
+    if args.data_set is not None:
+        choose_data_set(args.data_set, args.data_path)
     _require(not args.eval or bool(args.resume or args.finetune), '--eval needs --resume, the checkpoint to evaluate, '
              'or --finetune, full-precision weights to calibrate')
     # With --resume auto, --finetune is how the run starts, and the same command line continues it.
@@ -89,7 +87,7 @@ def _check_files(args: Namespace) -> None:
     _require(not (args.resume and args.start_epoch), '--start_epoch: the checkpoint of --resume says the epoch')
     _require(args.resume != 'auto' or bool(args.output_dir), '--resume auto looks into --output_dir: name it')
     for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path),
-                       ('--soft-labels', args.soft_labels)):
+                       ('--soft-labels', args.soft_labels), ('--class-map', args.class_map)):
         if path and path != 'auto' and not path.startswith('https://'):
             check_file(path, f'{flag} {path}')
 

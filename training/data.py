@@ -1,7 +1,7 @@
 """The data of a run: its data sets, the mixing of images, the loaders, and the images that calibration sees."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,31 +12,61 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from datasets import Augmentation, SeededSamples, build_dataset, build_transform
+from checkpoints.descriptions import ModelInfo
+from datasets import (
+    IMAGENET,
+    Augmentation,
+    Normalization,
+    Reading,
+    SeededSamples,
+    build_dataset,
+    build_transform,
+    normalization,
+)
 from samplers import ExactEvalSampler, ResumableSampler, build_train_sampler
 from training.methods.soft_labels import StoredCrops, StoredLabels
 from training.signals import outlive_signals
-from utils import Ranks, UserError
+from utils import Ranks, UserError, pick
 
 __all__ = ['DataSource', 'Loading', 'Mixing', 'build_eval_dataset', 'build_eval_loader', 'build_mixup',
-           'build_train_dataset', 'build_train_loader', 'calibration_images', 'first_batch_images', 'rank_0_first']
+           'build_train_dataset', 'build_train_loader', 'calibration_images', 'first_batch_images', 'rank_0_first',
+           'source_of']
 
 
 @dataclass(frozen=True)
-class DataSource:
-    """Which images a run sees: the data set, where it lies, and the size of its images.
+class DataSource(Reading):
+    """Which images a run sees: the data set, where it lies, and what they become.
 
     Attributes:
-        data_set: a name of `datasets.DATASETS`.
+        data_set: as `datasets.choose_data_set` gives it.
         data_path: its folder; DIGITS needs none.
-        inat_category: what iNaturalist's labels are of.
         eval_crop_ratio: see `datasets.build_transform`.
+        normalization: of the images, which says whether they are grey.
     """
     data_set: str
     data_path: str | None
     input_size: int
-    inat_category: str = 'name'
     eval_crop_ratio: float = 0.875
+    normalization: Normalization = IMAGENET
+
+    def part(self, is_train: bool, transform: Callable, num_classes: int | None = None) -> Dataset:
+        """The training or the evaluation part, see `datasets.build_dataset`."""
+        return build_dataset(is_train, self.data_set, self.data_path, transform, num_classes=num_classes,
+                             reading=self)[0]
+
+    def evaluation_transform(self) -> Callable:
+        return build_transform(False, self.input_size, self.data_set, eval_crop_ratio=self.eval_crop_ratio,
+                               normalization=self.normalization)
+
+
+def source_of(info: ModelInfo, flags: Mapping[str, Any]) -> DataSource:
+    """The images that a network of that description takes.
+
+    Args:
+        flags: values of the command line by name, with the data set that was chosen; --mean and --std win.
+    """
+    by = normalization(flags['mean'] or info.mean, flags['std'] or info.std, info.kwargs.get('in_chans') or 3)
+    return pick(DataSource, {**flags, 'input_size': info.input_size, 'normalization': by})
 
 
 @dataclass(frozen=True)
@@ -96,10 +126,6 @@ def rank_0_first(ranks: Ranks) -> Iterator[None]:
             dist.barrier()
 
 
-def _evaluation_transform(source: DataSource) -> Any:
-    return build_transform(False, source.input_size, source.data_set, eval_crop_ratio=source.eval_crop_ratio)
-
-
 def build_train_dataset(source: DataSource, augmentation: Augmentation, soft_labels: str = '') -> SeededSamples:
     """The training part with its augmentation, or the crops that a file of soft labels is of.
 
@@ -107,18 +133,17 @@ def build_train_dataset(source: DataSource, augmentation: Augmentation, soft_lab
         UserError: data or soft labels that are missing, damaged, or of other images.
     """
     transform = build_transform(True, source.input_size, source.data_set, augmentation=augmentation,
-                                eval_crop_ratio=source.eval_crop_ratio)
-    dataset, _ = build_dataset(True, source.data_set, source.data_path, transform, inat_category=source.inat_category)
+                                eval_crop_ratio=source.eval_crop_ratio, normalization=source.normalization)
+    dataset = source.part(True, transform)
     if soft_labels:
-        dataset = StoredCrops(dataset, StoredLabels.read(soft_labels), source.input_size)
+        dataset = StoredCrops(dataset, StoredLabels.read(soft_labels), source.input_size, source.normalization)
         print(f'--soft-labels {soft_labels}: {dataset.stored}; without further augmentation')
     return SeededSamples(dataset)
 
 
 def build_eval_dataset(source: DataSource, num_classes: int | None = None) -> Dataset:
     """The evaluation part; `num_classes` are expected of a folder that cannot be counted by its training part."""
-    return build_dataset(False, source.data_set, source.data_path, _evaluation_transform(source),
-                         inat_category=source.inat_category, num_classes=num_classes)[0]
+    return source.part(False, source.evaluation_transform(), num_classes)
 
 
 # --- loaders ----------------------------------------------------------------------------------------------------------
@@ -162,7 +187,7 @@ def calibration_images(dataset: SeededSamples, source: DataSource, count: int, s
     All of the data set's where it has fewer.
     """
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
-    augmented, dataset.base.transform = dataset.base.transform, _evaluation_transform(source)
+    augmented, dataset.base.transform = dataset.base.transform, source.evaluation_transform()
     try:
         return torch.stack([dataset[index][0] for index in drawn.tolist()])
     finally:

@@ -101,21 +101,22 @@ def calibrate_student(student: nn.Module, images: Tensor, calibration: str,
 # --- the teacher ------------------------------------------------------------------------------------------------------
 
 
-def build_teacher(name: str | None, path: str | None, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+def build_teacher(name: str | None, path: str | None, num_classes: int, input_size: int, data_set: str,
+                  in_chans: int = 3) -> nn.Module:
     """The network to learn from.
 
     Args:
         name: timm's; None where the file says it.
         path: of its checkpoint; None or '' for timm's pretrained weights.
-        num_classes, input_size, data_set: those of the run, which it has to fit.
+        num_classes, input_size, data_set, in_chans: those of the run, which it has to fit.
 
     Raises:
         UserError: its weights cannot be had, or it is for other images or classes.
     """
     if path:
-        teacher = _teacher_from_file(name, path, num_classes, input_size, data_set)
+        teacher = _teacher_from_file(name, path, num_classes, input_size, data_set, in_chans)
     else:
-        teacher = _pretrained_teacher(name, num_classes, input_size, data_set)
+        teacher = _pretrained_teacher(name, num_classes, input_size, data_set, in_chans)
     if not is_calibrated(teacher):
         raise UserError(f'--teacher-model {name} is quantized and not calibrated: choose a full-precision one')
     return teacher
@@ -127,13 +128,14 @@ def _check_classes(teacher: str, teacher_classes: int, num_classes: int, data_se
                         'teacher of this data set')
 
 
-def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size: int, data_set: str, in_chans: int,
+                       ) -> nn.Module:
     checkpoint = read_checkpoint(path)
     if 'qvit' in checkpoint:
-        return _described_teacher(name, path, checkpoint, num_classes, input_size, data_set)
+        return _described_teacher(name, path, checkpoint, num_classes, input_size, data_set, in_chans)
     if name is None:
         raise UserError(f'--teacher-path {path} does not say which network it holds: name it with --teacher-model')
-    teacher = create_network(name, num_classes, input_size, what='--teacher-model')
+    teacher = create_network(name, num_classes, input_size, what='--teacher-model', **_channels(in_chans))
     head = state_of(checkpoint).get('head.weight')
     if head is not None:
         _check_classes(path, len(head), num_classes, data_set)
@@ -146,25 +148,33 @@ def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size
 
 
 def _described_teacher(name: str | None, path: str, checkpoint: dict[str, Any], num_classes: int, input_size: int,
-                       data_set: str) -> nn.Module:
+                       data_set: str, in_chans: int) -> nn.Module:
     info = network_info(path, checkpoint)
     if name not in (None, info.model):
         raise UserError(f'--teacher-model {name}, but {path} is of {info.model}: leave the flag out')
     if info.input_size != input_size:
         raise UserError(f'the teacher {path} is for --input-size {info.input_size}, not {input_size}')
     _check_classes(path, info.num_classes, num_classes, data_set)
+    if info.normalization.in_chans != in_chans:
+        raise UserError(f'the teacher {path} takes {info.normalization.in_chans} channels, the network {in_chans}: '
+                        'choose one of the same images')
     teacher = create_network(info.model, info.num_classes, info.input_size, what=f'{path}:', **info.kwargs)
     load_quantized(teacher, checkpoint)
     return teacher
 
 
-def _pretrained_teacher(name: str, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+def _channels(in_chans: int) -> dict[str, int]:
+    return {} if in_chans == 3 else {'in_chans': in_chans}
+
+
+def _pretrained_teacher(name: str, num_classes: int, input_size: int, data_set: str, in_chans: int) -> nn.Module:
     published = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise UserError(f'--teacher-model {name} has no published weights: give its checkpoint with --teacher-path')
     _check_classes(name, published.num_classes, num_classes, data_set)
     try:
-        return create_network(name, num_classes, input_size, what='--teacher-model', pretrained=True)
+        return create_network(name, num_classes, input_size, what='--teacher-model', pretrained=True,
+                              **_channels(in_chans))
     except UserError:
         raise
     except Exception as error:  # whatever the hub's and the network's libraries raise where there is no connection

@@ -50,7 +50,9 @@ def test_every_reader_uses_the_one_loader(tmp_path):
     exif[0x0112] = 6
     picture().transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'x.png', exif=exif)
     for skip in (True, False):
-        assert same(ImageList([(str(tmp_path / 'x.png'), 0)], ['x'], lambda image: image, skip)[0][0], picture())
+        for upright, expected in ((True, picture()), (False, picture().transpose(Image.Transpose.ROTATE_90))):
+            images = ImageList([(str(tmp_path / 'x.png'), 0)], ['x'], lambda image: image, skip, upright)
+            assert same(images[0][0], expected)
     assert same(read_picture(tmp_path / 'x.png'), picture())
 
 
