@@ -1,7 +1,6 @@
 """The data sets by name, their image transforms, and reproducible randomness for each sample."""
 
 import os
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -19,14 +17,15 @@ from files.images import images_of, is_no_class, subfolders
 from files.paths import fault, is_folder, parse_json, read_text
 from files.readers import (
     READERS,
+    Labels,
     ReaderSource,
     is_reader,
-    number_labels,
+    is_stream,
     open_reader,
     read_class_map,
     read_labels,
 )
-from files.samples import ImageList, ReaderImages, TorchvisionImages
+from files.samples import ImageList, ReaderImages, StreamedImages, TorchvisionImages, seeded
 from files.transforms import IMAGENET, Augmentation, Normalization, build_transform, normalization, normalized
 from utils import UserError, printable, readable
 
@@ -93,21 +92,8 @@ class SeededSamples(Dataset):
         if not isinstance(index, tuple):
             return self.base[index]
         index, seed = index
-        # Seeded with the same number, numpy and torch would draw the same bits: an augmentation that is chosen with
-        # one of them would go together with what the other one decides.
-        python_seed, numpy_seed, torch_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
-        # Not torch.manual_seed, which also seeds the accelerators.
-        generator = torch.default_generator
-        states = random.getstate(), np.random.get_state(), generator.get_state()
-        try:
-            random.seed(python_seed)
-            np.random.seed(numpy_seed)
-            generator.manual_seed(torch_seed)
+        with seeded(seed):
             return self.base[index]
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            generator.set_state(states[2])
 
 
 # --- data sets by name ------------------------------------------------------------------------------------------------
@@ -123,6 +109,7 @@ class Reading:
         train_split, val_split: the reader's names of the parts.
         input_key, target_key: its names of image and label; None for its defaults.
         exif_orientation: images are turned as EXIF says.
+        batch_size, seed: for streams, which give whole batches in an order that the seed draws.
     """
     inat_category: str = 'name'
     class_map: str | None = None
@@ -131,6 +118,8 @@ class Reading:
     input_key: str | None = None
     target_key: str | None = None
     exif_orientation: bool = False
+    batch_size: int = 1
+    seed: int = 0
 
 
 def _existing(data_path: str | Path) -> Path:
@@ -223,10 +212,12 @@ def _images_of_part(part: Path, classes: list[str], transform: Callable, is_trai
     opened = open_reader(source)
     samples, names = read_labels(source, opened)
     label_of = {name: label for label, name in enumerate(classes)}
-    numbers = [number for number, (path, label) in enumerate(samples)
-               if names[label] in label_of and not os.path.basename(path).startswith('.')]
-    samples = [(samples[number][0], label_of[names[samples[number][1]]]) for number in numbers]
-    return ReaderImages(source, opened.reader, numbers, samples, classes, transform, is_train, reading.exif_orientation)
+    # In the order of the folders that were packed.
+    found = sorted((label_of[names[label]], os.path.split(path), number) for number, (path, label) in enumerate(samples)
+                   if names[label] in label_of and not os.path.basename(path).startswith('.'))
+    return ReaderImages(source, opened.reader, [number for *_, number in found],
+                        [(samples[number][0], label) for label, _, number in found], classes, transform, is_train,
+                        reading.exif_orientation)
 
 
 def _read_json(path: Path) -> Any:
@@ -294,18 +285,22 @@ def _of_reader(is_train: bool, data_set: str, data_path: str | None, transform: 
     """What one of timm's readers reads."""
     root = None if data_path is None else str(Path(data_path).expanduser())
     source = ReaderSource(data_set, root, reading.train_split if is_train else reading.val_split, reading.input_key,
-                          reading.target_key)
+                          reading.target_key, is_train, reading.batch_size, reading.seed)
+    listed = read_class_map(reading.class_map) if reading.class_map else None
+    if is_stream(data_set):
+        if reading.exif_orientation:
+            raise UserError(f'--exif-orientation: {data_set} gives its images decoded, leave it out')
+        return StreamedImages(source, listed, transform)
     opened = open_reader(source)
     found, names = read_labels(source, opened)
-    listed = read_class_map(reading.class_map) if reading.class_map else None
-    labels, classes = number_labels([label for _, label in found], names, listed, f'--data-set {data_set}')
-    if not found:
+    labels = Labels(names, listed, f'--data-set {data_set}')
+    samples = [(name, labels.number(label)) for name, label in found]
+    if not samples:
         raise UserError(f'--data-set {data_set}: {source.split} has no images')
-    samples = [(name, label) for (name, _), label in zip(found, labels, strict=True)]
     if hasattr(opened, 'reader'):
-        return ReaderImages(source, opened.reader, range(len(found)), samples, classes, transform, is_train,
+        return ReaderImages(source, opened.reader, range(len(samples)), samples, labels.classes, transform, is_train,
                             reading.exif_orientation)
-    return TorchvisionImages(opened, labels, classes, transform)
+    return TorchvisionImages(opened, [label for _, label in samples], labels.classes, transform)
 
 
 # Each builder is called as builder(is_train, data_path, transform, num_classes=..., reading=...) and returns a data set

@@ -28,6 +28,7 @@ from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, network_info
 from datasets import Augmentation, Normalization, SeededSamples, choose_data_set, normalization
 from engine import AMP_DTYPES, Loop, autocast, evaluate_and_say, fit
+from files.readers import is_stream, without_place
 from losses import DISTILLATION_TYPES, Distillation
 from ops import cpu_memory
 from samplers import ResumableSampler
@@ -310,8 +311,8 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
 
 def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:
     classes = list(dataset.classes)
-    return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set,
-                     args.mean and tuple(args.mean), args.std and tuple(args.std))
+    return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes,
+                     without_place(args.data_set), args.mean and tuple(args.mean), args.std and tuple(args.std))
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def train(args: Namespace, setting: Setting) -> None:
     if setting.checkpoint is not None:
         resume_and_say(args.resume, training, setting.checkpoint, pick(Position, vars(args)),
                        pick(OptimizerConfig, vars(args)), pick(ScheduleConfig, vars(args)), ranks, batches,
-                       args.native_kernels)
+                       args.native_kernels, is_stream(args.data_set))
 
     info, folder, record = describe_network(args, dataset), None, None
     if args.output_dir:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import RandomResizedCrop
 
 import utils
@@ -133,6 +133,8 @@ def write_labels(args: Namespace) -> StoredLabels:
     """What was written to --output."""
     dataset, num_classes = build_dataset(True, args.data_set, args.data_path, raw_image,
                                          reading=utils.pick(Reading, vars(args)))
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f'--data-set {args.data_set} gives its images in its order only: labels are stored by number')
     if args.top_k > num_classes:
         raise UserError(f'--top-k {args.top_k}: {args.data_set} has {num_classes} classes')
     if not Path(args.output).parent.is_dir():

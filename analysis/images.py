@@ -4,15 +4,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from datasets import IMAGENET, Normalization
+from files.samples import first_images
 
 __all__ = ['stacked', 'to_pictures']
 
 
 def stacked(dataset: Dataset, count: int | None = None) -> Tensor:
-    """Images of the data set, (B, 3, H, W): all of them, or `count` at equal distances from the first to the last."""
+    """Images of the data set, (B, C, H, W): all of them, or `count` at equal distances from the first to the last.
+
+    Of a stream, which cannot be asked for an image, they are the first.
+    """
+    if isinstance(dataset, IterableDataset):
+        return first_images(dataset, count or len(dataset))
     count = len(dataset) if count is None else min(count, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     return torch.stack([dataset[index][0] for index in indices])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from checkpoints.networks import ModelInfo
 from deployment.predictor import Predictor
@@ -38,6 +38,8 @@ def evenly_spread(dataset: Dataset, limit: int | None) -> Dataset:
     """At most `limit` images of the data set, evenly spread over it; all of them where it is None."""
     if limit is None or limit >= len(dataset):
         return dataset
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f'--limit {limit}: images that only come in the order of their reader cannot be picked')
     return Subset(dataset, [index * len(dataset) // limit for index in range(limit)])
 
 

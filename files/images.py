@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from files.paths import open_regular
 from utils import UserError
 
-__all__ = ['FORMATS', 'images_of', 'is_no_class', 'load_image', 'subfolders']
+__all__ = ['FORMATS', 'images_of', 'is_no_class', 'keep_to_formats', 'load_image', 'subfolders']
 
 # Raster formats that Pillow decodes by itself. Of a file's other kinds some start another program: EPS Ghostscript.
 FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP')
@@ -57,6 +57,12 @@ def load_image(source: str | Path | BinaryIO, upright: bool = True) -> Image.Ima
             turn = _TURNED.get(_orientation(image)) if upright else None
             rgb = _as_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def keep_to_formats() -> None:
+    """Lets whoever opens images with Pillow in this process open those of `FORMATS` only."""
+    Image.init()
+    Image.ID[:] = [name for name in Image.ID if name in FORMATS]
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import io
+import os
 import re
 import sys
 from collections import Counter
@@ -22,8 +23,8 @@ from timm.data import create_dataset
 from files.paths import read_text
 from utils import UserError
 
-__all__ = ['READERS', 'ReaderSource', 'is_reader', 'is_stream', 'number_labels', 'open_reader', 'read_class_map',
-           'read_labels', 'their_datasets']
+__all__ = ['READERS', 'Labels', 'ReaderSource', 'is_reader', 'is_stream', 'open_reader', 'read_class_map',
+           'read_labels', 'their_datasets', 'without_place']
 
 # By prefix of the name, the module that reads it, and what installs that.
 READERS = {'hfds': ('datasets', 'datasets'), 'hfids': ('datasets', 'datasets'),
@@ -62,6 +63,12 @@ def is_reader(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(rf'({"|".join(READERS)})/\S(.*\S)?', name) is not None
 
 
+def without_place(name: str) -> str:
+    """The name of a data set without the folder that it lies in here."""
+    prefix, slash, rest = name.partition('/')
+    return f'{prefix}/{Path(rest).name}' if slash and rest.startswith(('/', '.', '~')) else name
+
+
 def is_stream(name: str) -> bool:
     """Whether the reader gives images in its own order only: none can be asked for by its number."""
     return name.partition('/')[0] in _STREAMS
@@ -73,7 +80,7 @@ def open_reader(source: ReaderSource) -> Any:
     Raises:
         UserError: a package is missing, or the data is, or it is not what the reader reads.
     """
-    prefix = source.name.partition('/')[0]
+    prefix, slash, name = source.name.partition('/')
     if prefix in READERS:
         module, installed_by = READERS[prefix]
         if _find(module) is None:
@@ -85,8 +92,9 @@ def open_reader(source: ReaderSource) -> Any:
         options['cache_tarfiles'] = False  # processes that share an open file would move each other's place in it
     # timm prints what it misses.
     with _refusing(source), their_datasets(prefix), contextlib.redirect_stdout(io.StringIO()):
-        return create_dataset(source.name, root=source.root, split=source.split, is_training=source.is_train,
-                              batch_size=source.batch_size, seed=source.seed, search_split=False, **options)
+        return create_dataset(f'{prefix}{slash}{os.path.expanduser(name)}', root=source.root, split=source.split,
+                              is_training=source.is_train, batch_size=source.batch_size, seed=source.seed,
+                              search_split=False, **options)
 
 
 def read_labels(source: ReaderSource, opened: Any) -> tuple[list[tuple[str, Any]], list[str]]:
@@ -112,32 +120,40 @@ def read_labels(source: ReaderSource, opened: Any) -> tuple[list[tuple[str, Any]
     return [(f'{source.name}, {source.split}, image {number}', label) for number, label in enumerate(labels)], names
 
 
-def number_labels(labels: Sequence[Any], names: Sequence[str], classes: Sequence[str] | None, said: str,
-                  ) -> tuple[list[int], list[str]]:
-    """The labels as numbers of classes, and the names of the classes.
+class Labels:
+    """What the labels of a data set are numbered by, and the names of its classes.
 
     Args:
-        labels, names: of `read_labels`.
+        names: of the labels, by their numbers; none where the data does not name them.
         classes: the names in the order that counts, of --class-map; None for that of the data.
         said: begins the messages.
 
     Raises:
-        UserError: nobody names the classes, or a label is none of them.
+        UserError: nobody names the classes.
     """
-    if classes is None and not names:
-        raise UserError(f'{said} does not name its classes: list them with --class-map FILE, a name a line, in the '
-                        'order of the labels')
-    order = list(names if classes is None else classes)
-    # Numbers without names count by the list; other labels are looked up in it by their names.
-    number_of = dict(enumerate(range(len(order)))) if not names else {
-        label: order.index(name) for label, name in enumerate(names) if name in order}
-    number_of |= {name: number for number, name in enumerate(order)}
-    for label in labels:
-        if label not in number_of:
-            name = names[label] if isinstance(label, int) and 0 <= label < len(names) else label
-            raise UserError(f'{said} has label {str(name)[:60]!r}, which is none of the {len(order)} classes' + (
-                ': choose another part of it' if classes is None else ' of --class-map: add it there'))
-    return [number_of[label] for label in labels], order
+
+    def __init__(self, names: Sequence[str], classes: Sequence[str] | None, said: str) -> None:
+        if classes is None and not names:
+            raise UserError(f'{said} does not name its classes: list them with --class-map FILE, a name a line, in the '
+                            'order of the labels')
+        self.names, self.is_listed, self.said = names, classes is not None, said
+        self.classes = list(names if classes is None else classes)
+        number_of = {name: number for number, name in enumerate(self.classes)}
+        # Labels are numbers, of names or by the list, or names themselves.
+        self._number_of = number_of | {label: number_of[name] for label, name in enumerate(names or self.classes)
+                                       if name in number_of}
+
+    def number(self, label: Any) -> int:
+        """The class that a label is of.
+
+        Raises:
+            UserError: none.
+        """
+        if label in self._number_of:
+            return self._number_of[label]
+        name = self.names[label] if isinstance(label, int) and 0 <= label < len(self.names) else label
+        where = ' of --class-map: add it there' if self.is_listed else ': choose another part of it'
+        raise UserError(f'{self.said} has label {str(name)[:60]!r}, none of the {len(self.classes)} classes{where}')
 
 
 def read_class_map(path: str) -> list[str]:

@@ -1,16 +1,22 @@
-"""Data sets of images: of files, of one of timm's readers, of torchvision."""
+"""Data sets of images: of files, of timm's readers, by number or as a stream, of torchvision."""
 
+import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
 from typing import Any, BinaryIO
 
-from torch.utils.data import Dataset
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from files.images import load_image
-from files.readers import ReaderSource, open_reader, their_datasets
+from files.images import keep_to_formats, load_image
+from files.readers import Labels, ReaderSource, open_reader, their_datasets
 from utils import UserError, printable
 
-__all__ = ['ImageList', 'ReaderImages', 'TorchvisionImages']
+__all__ = ['ImageList', 'ReaderImages', 'StreamedImages', 'TorchvisionImages', 'first_images', 'seeded']
 
 _MAX_UNREADABLE = 50
 
@@ -105,3 +111,94 @@ class TorchvisionImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.base[index][0].convert('RGB')), self.targets[index]
+
+
+class StreamedImages(IterableDataset):
+    """Images that come in the order of their reader, which shuffles those of training.
+
+    Each image's augmentation follows from the seed, the epoch, the process, the worker and the image's place.
+
+    Args:
+        source: what the reader reads. The images of an evaluation are all read by every process.
+        listed: the names of the classes, where they are given.
+        transform: applied to the RGB image.
+
+    Raises:
+        UserError: the images cannot be read, or their number or their classes are not known.
+    """
+
+    def __init__(self, source: ReaderSource, listed: list[str] | None, transform: Callable) -> None:
+        self.source, self.listed, self.transform = source, listed, transform
+        self.base = open_reader(source)
+        reader = self.base.reader
+        self.rank = getattr(reader, 'dist_rank', 0)
+        if not source.is_train:
+            reader.dist_rank, reader.dist_num_replicas, reader.global_num_workers = 0, 1, reader.num_workers
+        names = getattr(reader, 'class_to_idx', {})
+        said = f'--data-set {source.name}'
+        self.labels = Labels(sorted(names, key=names.get), listed, said)
+        self.classes = self.labels.classes
+        self.epoch, self.is_over = 0, False
+        if not len(self.base):
+            raise UserError(f'{said} does not say how many images {source.split} has: add their number, as in '
+                            "'val-{00..31}.tar|50000'")
+
+    def __len__(self) -> int:
+        return 0 if self.is_over else len(self.base)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        keep_to_formats()  # readers decode by themselves
+        worker = get_worker_info()
+        place = (self.source.seed, self.epoch, self.rank, worker.id if worker else 0)
+        self.base.reader.ds = None  # its pipeline, whose random state would go on from the epoch before
+        items = iter(() if self.is_over else self.base)
+        for number in count():
+            with their_datasets(self.source.name.partition('/')[0]):  # not while others have their turn
+                item = next(items, None)
+            if item is None:
+                return
+            with seeded((*place, number)):
+                transformed = self.transform(item[0].convert('RGB'))
+            yield transformed, self.labels.number(int(item[1]))
+
+    def set_epoch(self, epoch: int, is_over: bool = False) -> None:
+        """Chooses the epoch, of which nothing is left where it is over."""
+        self.epoch, self.is_over = epoch, is_over
+        self.base.set_epoch(epoch)
+
+    def set_workers(self, number: int) -> None:
+        """Says how many processes of a loader are going to read; of `len`, each has its share."""
+        self.base.set_loader_cfg(num_workers=number)
+
+    def anew(self, transform: Callable) -> 'StreamedImages':
+        """The same images from the first on, read apart from these."""
+        return StreamedImages(self.source, self.listed, transform)
+
+
+def first_images(dataset: Dataset, number: int) -> Tensor:
+    """The first images, (number, C, H, W), or as many as there are."""
+    if isinstance(dataset, IterableDataset):
+        items = islice(dataset.anew(dataset.transform), number)
+    else:
+        items = (dataset[index] for index in range(min(number, len(dataset))))
+    return torch.stack([image for image, _ in items])
+
+
+@contextmanager
+def seeded(seed: int | Sequence[int]) -> Iterator[None]:
+    """Seeds Python, numpy and torch (CPU); afterwards their states are those from before."""
+    # Seeded with the same number, numpy and torch would draw the same bits: an augmentation that is chosen with
+    # one of them would go together with what the other one decides.
+    python_seed, numpy_seed, torch_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
+    # Not torch.manual_seed, which also seeds the accelerators.
+    generator = torch.default_generator
+    states = random.getstate(), np.random.get_state(), generator.get_state()
+    try:
+        random.seed(python_seed)
+        np.random.seed(numpy_seed)
+        generator.manual_seed(torch_seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        generator.set_state(states[2])

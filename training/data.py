@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from timm.data import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from checkpoints.descriptions import ModelInfo
 from datasets import (
@@ -23,7 +23,8 @@ from datasets import (
     build_transform,
     normalization,
 )
-from samplers import ExactEvalSampler, ResumableSampler, build_train_sampler
+from files.samples import StreamedImages, first_images
+from samplers import ExactEvalSampler, ResumableSampler, StreamOrder, build_train_sampler
 from training.methods.soft_labels import StoredCrops, StoredLabels
 from training.signals import outlive_signals
 from utils import Ranks, UserError, pick
@@ -126,7 +127,8 @@ def rank_0_first(ranks: Ranks) -> Iterator[None]:
             dist.barrier()
 
 
-def build_train_dataset(source: DataSource, augmentation: Augmentation, soft_labels: str = '') -> SeededSamples:
+def build_train_dataset(source: DataSource, augmentation: Augmentation, soft_labels: str = '',
+                        ) -> SeededSamples | StreamedImages:
     """The training part with its augmentation, or the crops that a file of soft labels is of.
 
     Raises:
@@ -135,10 +137,12 @@ def build_train_dataset(source: DataSource, augmentation: Augmentation, soft_lab
     transform = build_transform(True, source.input_size, source.data_set, augmentation=augmentation,
                                 eval_crop_ratio=source.eval_crop_ratio, normalization=source.normalization)
     dataset = source.part(True, transform)
+    if soft_labels and isinstance(dataset, IterableDataset):
+        raise UserError(f'--soft-labels are of images by their number: {source.data_set} only gives them in its order')
     if soft_labels:
         dataset = StoredCrops(dataset, StoredLabels.read(soft_labels), source.input_size, source.normalization)
         print(f'--soft-labels {soft_labels}: {dataset.stored}; without further augmentation')
-    return SeededSamples(dataset)
+    return dataset if isinstance(dataset, IterableDataset) else SeededSamples(dataset)
 
 
 def build_eval_dataset(source: DataSource, num_classes: int | None = None) -> Dataset:
@@ -155,13 +159,17 @@ def _loader_options(loading: Loading, device: torch.device) -> dict[str, Any]:
             'pin_memory': loading.pin_mem and device.type == 'cuda', 'worker_init_fn': outlive_signals}
 
 
-def build_train_loader(dataset: SeededSamples, loading: Loading, ranks: Ranks, device: torch.device,
-                       ) -> tuple[DataLoader, ResumableSampler]:
+def build_train_loader(dataset: SeededSamples | StreamedImages, loading: Loading, ranks: Ranks, device: torch.device,
+                       ) -> tuple[DataLoader, ResumableSampler | StreamOrder]:
     """The loader of this rank's training batches, and its sampler, which is told the epoch and the position.
+
+    Of a stream the position is always the beginning.
 
     Raises:
         UserError: there are not enough images for a batch.
     """
+    if isinstance(dataset, IterableDataset):
+        return _stream_loader(dataset, loading, device)
     sampler = build_train_sampler(dataset, loading.repeated_aug, ranks.world_size, ranks.rank, loading.seed)
     if len(sampler) < loading.batch_size:
         raise UserError(f'--batch-size {loading.batch_size}, but an epoch has {len(sampler)} images for each process: '
@@ -170,8 +178,24 @@ def build_train_loader(dataset: SeededSamples, loading: Loading, ranks: Ranks, d
                       persistent_workers=loading.num_workers > 0, **_loader_options(loading, device)), sampler
 
 
+def _stream_loader(stream: StreamedImages, loading: Loading, device: torch.device) -> tuple[DataLoader, StreamOrder]:
+    print(f'--data-set {stream.source.name}: images come in the order of their reader: '
+          + ('each once an epoch, in spite of --repeated-aug; ' if loading.repeated_aug else '')
+          + 'a run that is resumed within an epoch begins it anew')
+    stream.set_workers(loading.num_workers)
+    options = _loader_options(loading, device)
+    # New workers for every epoch: they begin where the stream does.
+    loader = DataLoader(stream, loading.batch_size, drop_last=True, **options)
+    return loader, StreamOrder(stream, options['generator'], loading.seed)
+
+
 def build_eval_loader(dataset: Dataset, loading: Loading, ranks: Ranks, device: torch.device) -> DataLoader:
     """The loader of this rank's share of the evaluation images: all of them without `dist_eval`."""
+    if isinstance(dataset, IterableDataset):
+        if loading.dist_eval:
+            raise UserError(f'--dist-eval: {dataset.source.name} is read whole by every process, leave it out')
+        dataset.set_workers(loading.num_workers)
+        return DataLoader(dataset, max(1, int(1.5 * loading.batch_size)), **_loader_options(loading, device))
     is_shared = loading.dist_eval
     sampler = ExactEvalSampler(dataset, ranks.world_size, ranks.rank) if is_shared else SequentialSampler(dataset)
     return DataLoader(dataset, max(1, int(1.5 * loading.batch_size)), sampler=sampler,
@@ -181,11 +205,13 @@ def build_eval_loader(dataset: Dataset, loading: Loading, ranks: Ranks, device: 
 # --- images to calibrate on -------------------------------------------------------------------------------------------
 
 
-def calibration_images(dataset: SeededSamples, source: DataSource, count: int, seed: int) -> Tensor:
-    """`count` training images, (count, 3, H, W), that the seed draws, transformed as in evaluation; alike on all ranks.
+def calibration_images(dataset: SeededSamples | StreamedImages, source: DataSource, count: int, seed: int) -> Tensor:
+    """`count` training images, (count, C, H, W), that the seed draws, transformed as in evaluation; alike on all ranks.
 
     All of the data set's where it has fewer.
     """
+    if isinstance(dataset, IterableDataset):  # in its order, which the seed has drawn
+        return first_images(dataset.anew(source.evaluation_transform()), count)
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
     augmented, dataset.base.transform = dataset.base.transform, source.evaluation_transform()
     try:
@@ -194,6 +220,9 @@ def calibration_images(dataset: SeededSamples, source: DataSource, count: int, s
         dataset.base.transform = augmented
 
 
-def first_batch_images(dataset: SeededSamples, sampler: ResumableSampler, batch_size: int) -> Tensor:
-    """The images, (B, 3, H, W), of the first batch that a loader with this sampler would give."""
+def first_batch_images(dataset: SeededSamples | StreamedImages, sampler: ResumableSampler | StreamOrder,
+                       batch_size: int) -> Tensor:
+    """The images, (B, C, H, W), of the first batch that a loader with this sampler would give."""
+    if isinstance(dataset, IterableDataset):
+        return first_images(dataset, batch_size)
     return torch.stack([dataset[index][0] for index in itertools.islice(sampler, batch_size)])
