@@ -1,11 +1,13 @@
 """Data sets on small trees written by the tests: labels, transforms, users' mistakes, damaged files."""
 
 import json
+import os
 import pickle
 import re
 import shutil
 import warnings
 from collections import Counter
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -19,7 +21,17 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from datasets import DATASETS, Augmentation, ImageList, Reading, build_transform, choose_data_set
+from datasets import (
+    DATASETS,
+    IMAGENET,
+    Augmentation,
+    ImageList,
+    Normalization,
+    Reading,
+    build_transform,
+    choose_data_set,
+    normalization,
+)
 from utils import UserError
 
 
@@ -233,6 +245,42 @@ def test_wrong_augmentation_flags(flag, value):
     build_transform(False, 48, augmentation=augmentation)
 
 
+# Normalization
+
+
+def test_normalization_by_flags():
+    assert normalization() == IMAGENET == Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert normalization([0.5], [0.2, 0.3, 0.4]) == Normalization((0.5,) * 3, (0.2, 0.3, 0.4))
+    grey = normalization(in_chans=1)
+    np.testing.assert_allclose((*grey.mean, *grey.std),  # by the weights of a grey level
+                               (.299 * .485 + .587 * .456 + .114 * .406, .299 * .229 + .587 * .224 + .114 * .225),
+                               atol=5e-5)
+    assert normalization([0.5], None, 1) == Normalization((0.5,), grey.std)
+    user_error(lambda: normalization([0.5, 0.4]), '--mean 0.5 0.4: choose one value, or one for each of 3 colours')
+    user_error(lambda: normalization(None, [0.5] * 3, 1), '--std 0.5 0.5 0.5: choose one value, images are grey')
+    user_error(lambda: normalization(in_chans=4), 'the network takes 4 channels')
+
+
+@pytest.mark.parametrize('data_set', ['IMNET', 'DIGITS'])
+@pytest.mark.parametrize('by', [Normalization((0.5, 0.4, 0.3), (0.1, 0.2, 0.4)), Normalization((0.5,), (0.25,))])
+def test_images_are_normalized_as_told(data_set, by):
+    """A picture of one colour, which neither crops nor the policy of no augmentation change."""
+    picture, plain = Image.new('RGB', (60, 50), (200, 100, 50)), Augmentation(aa=None, color_jitter=0, reprob=0.)
+    colour = (200, 100, 50) if by.in_chans == 3 else (round(.299 * 200 + .587 * 100 + .114 * 50),)
+    expected = [(level / 255 - mean) / std for level, mean, std in zip(colour, by.mean, by.std, strict=True)]
+    for is_train in (False, True):
+        image = build_transform(is_train, 40, data_set, augmentation=plain, normalization=by)(picture)
+        assert image.shape == (by.in_chans, 40, 40)
+        np.testing.assert_allclose(image[:, 20, 20], expected, atol=1e-5)
+
+
+def test_all_augmentations_take_grey_images():
+    transform = build_transform(True, 40, augmentation=Augmentation(reprob=1.), normalization=normalization(in_chans=1))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    for _ in range(30):
+        assert transform(picture).shape == (1, 40, 40)
+
+
 # Digits
 
 
@@ -309,6 +357,30 @@ def test_cifar_that_cannot_be_had(monkeypatch, tmp_path, name, source):
     user_error(lambda: build(True, name, tmp_path), folder, 'incomplete')
 
 
+@pytest.mark.parametrize('what', ['folder', 'file'])
+def test_cifar_that_may_not_be_read_is_not_called_damaged(what, monkeypatch, tmp_path):
+    fake_cifar(monkeypatch, tmp_path, CIFAR10, [f'class {number}' for number in range(10)])
+    at = tmp_path / CIFAR10.base_folder / ('a' if what == 'file' else '')
+    real = {'folder': os.scandir, 'file': open}[what]
+
+    def refuse(path, *rest):
+        if Path(path) == at:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(*((os, 'scandir', refuse) if what == 'folder' else ('builtins.open', refuse)))
+    user_error(lambda: build(True, 'CIFAR10', tmp_path), f'{at} cannot be read (Permission denied)')
+
+
+def test_a_folder_behind_one_that_may_not_be_entered(monkeypatch, imnet):
+    def refuse(path, **_):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(os, 'stat', refuse)
+    for name in ('IMNET', 'INAT', 'CIFAR'):
+        user_error(lambda name=name: build(True, name, imnet), 'cannot be read (Permission denied)')
+
+
 # iNaturalist
 
 
@@ -354,6 +426,16 @@ def test_inat_categories(inat):
     dataset, _ = build(True, 'INAT', inat, inat_category='kingdom')
     assert [label for _, label in dataset.samples] == [0, 1, 0, 0]
     user_error(lambda: build(True, 'INAT', inat, inat_category='tribe'), "'tribe'", 'supercategory')
+
+
+def test_inat_names_are_text_that_a_checkpoint_holds(inat):
+    entries = json.loads((inat / 'categories.json').read_text())
+    entries[1]['name'] = 'a\x1b[2J\nb'
+    (inat / 'categories.json').write_text(json.dumps(entries))
+    assert build(True, 'INAT', inat)[0].classes == ['species 2', r'a\x1b[2J\nb', 'species 0']
+    entries[1]['name'] = 'x' * 201
+    (inat / 'categories.json').write_text(json.dumps(entries))
+    user_error(lambda: build(True, 'INAT', inat), "class 'xxxx", 'a name of 201 characters, at most 200 can be kept')
 
 
 def test_inat_mistakes(inat):
