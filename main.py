@@ -76,7 +76,10 @@ def get_args_parser() -> ArgumentParser:
     add('--model-ema', default=False, action=BooleanOptionalAction, help='average the weights over time')
     add('--model-ema-decay', default=0.99996, type=flags.share)
     add('--model-ema-force-cpu', action='store_true')
+    add('--model-ema-warmup', action='store_true', help='the decay rises to its value over the first updates')
     add('--amp', default='none', choices=AMP_DTYPES, help='precision of the matrix products')
+    add('--grad-checkpointing', action='store_true', help='less memory, more time: blocks are computed twice')
+    add('--freeze', choices=networks.FREEZINGS, help='train steps and zero points only, or the heads only')
     add('--compile', action='store_true', help='torch.compile')
     add('--native-kernels', action=BooleanOptionalAction,
         help='quantizers in C++, compiled on first use (default: on a CPU, where a compiler is found)')
@@ -367,6 +370,10 @@ def train(args: Namespace, setting: Setting) -> None:
     utils.seed_everything(args.seed + ranks.rank)
     if not is_calibrated(model):
         calibrate_student(args, model, dataset, sampler)
+    if args.freeze:
+        networks.freeze_all_but(model, args.freeze.removeprefix('all-but-'))
+    if args.grad_checkpointing:
+        networks.checkpoint_gradients(model)
     training = build_training(
         model, device, pick(OptimizerConfig, vars(args) | {'lr': args.scaled_lr}), pick(ScheduleConfig, vars(args)),
         pick(Averaging, vars(args)), build_methods(model, pick(OscillationConfig, vars(args))), amp=args.amp,

@@ -281,6 +281,8 @@ def test_augmentation_flags_of_photographs(photographs, tmp_path):
     ('--clip-grad 0', '--clip-grad 0.0'),
     ('--batch-size 5 --mixup 0.8', '--batch-size 5: mixup and cutmix need an even one'),
     ('--model-ema-force-cpu', '--model-ema-force-cpu needs --model-ema'),
+    ('--model-ema-warmup', '--model-ema-warmup needs --model-ema'),
+    ('--freeze all-but-heads --oscillation-dampening 1', '--freeze all-but-heads keeps the weights as they are'),
     ('--opt adahessian', '--opt adahessian needs second derivatives'),
     ('--opt adamm', "did you mean"),
     ('--model-kwargs irm', 'is not of the form key=value'),

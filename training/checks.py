@@ -124,7 +124,11 @@ def _check_training(args: Namespace) -> None:
     if args.warmup_epochs >= args.epochs:
         print(f'warning: --warmup-epochs {args.warmup_epochs} is all of --epochs: the learning rate stays '
               'below --lr')
-    _require(not args.model_ema_force_cpu or args.model_ema, '--model-ema-force-cpu needs --model-ema')
+    for flag in ('force_cpu', 'warmup'):
+        _require(args.model_ema or not getattr(args, f'model_ema_{flag}'),
+                 f'--model-ema-{flag.replace("_", "-")} needs --model-ema')
+    _require(not (args.freeze and (args.oscillation_dampening or args.oscillation_freezing)),
+             f'--freeze {args.freeze} keeps the weights as they are: leave --oscillation-... out')
     _require(not pick(Mixing, vars(args)).active or args.batch_size % 2 == 0,
              f'--batch-size {args.batch_size}: mixup and cutmix need an even one')
     _require('adahessian' not in args.opt.lower(), '--opt adahessian needs second derivatives, which quantizers do not '

@@ -9,10 +9,11 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import freeze
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from _quan_base import is_calibrated
+from _quan_base import is_calibrated, named_quantizers
 from calibration.closed_form import calibrate_to_full_precision
 from calibration.first_batch import calibrate
 from calibration.reconstruction import Reconstruction, reconstruct
@@ -25,9 +26,11 @@ from quant_vision_transformer import QVisionTransformer
 from training.data import Mixing
 from utils import UserError, rng_states, set_rng_state
 
-__all__ = ['CALIBRATIONS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
-           'check_same_classes', 'settle_buckets', 'settle_dgd_weight', 'wrap']
+__all__ = ['CALIBRATIONS', 'FREEZINGS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
+           'check_same_classes', 'checkpoint_gradients', 'freeze_all_but', 'settle_buckets', 'settle_dgd_weight',
+           'wrap']
 
+FREEZINGS = ('all-but-quantizers', 'all-but-heads')
 CALIBRATIONS = {'published': 64, 'mse': 64, 'reconstruct': 1000}  # with the images that each takes unless told
 
 
@@ -234,6 +237,42 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
     if teacher is not None:
         watched = Teacher(teacher, return_qk=distillation.dgd_weight > 0, return_tokens=compares_tokens)
     return DistillationLoss(base, watched, distillation, getattr(student, 'num_prefix_tokens', 1), stored_labels)
+
+
+# --- what is trained, and how -----------------------------------------------------------------------------------------
+
+
+def freeze_all_but(model: nn.Module, kept: str) -> None:
+    """Leaves nothing to be trained but 'quantizers', their scales and zero points, or 'heads'.
+
+    Raises:
+        UserError: the network has none.
+    """
+    if kept == 'heads':
+        named = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'head'
+        names = {named, 'head_dist'} if isinstance(named, str) else {*named}
+        trained = [parameter for name, module in model.named_modules() if name in names
+                   for parameter in module.parameters()]
+    else:
+        trained = [parameter for _, quantizer in named_quantizers(model)
+                   for name, parameter in quantizer.named_parameters(recurse=False) if name in ('alpha', 'zero_point')]
+    if not trained:
+        raise UserError(f'--freeze all-but-{kept}: {type(model).__name__} has none')
+    freeze(model, include_bn_running_stats=False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Lets the network compute its blocks again in the backward, instead of keeping what they computed.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError) as error:
+        raise UserError(f'--grad-checkpointing: timm has none for {type(model).__name__}, leave it out') from error
 
 
 # --- what is called in training ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """How a training run goes on from a checkpoint, and what it says of the parts that it cannot take."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,7 +51,10 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
     is_own = 'qvit' in checkpoint
     other_optimizer = _changed({'opt': optimizer.opt}, saved) if is_own else FOREIGN
     other_schedule = _changed(asdict(schedule), saved) if is_own else FOREIGN
-    return [*_resume_position(training, checkpoint, _changed(asdict(position), saved), ranks, batches, is_stream),
+    notes = _resume_position(training, checkpoint, _changed(asdict(position), saved), ranks, batches, is_stream)
+    training.updates = (training.epoch * math.ceil(batches / position.grad_accum_steps)
+                        + math.ceil(training.batches_done / position.grad_accum_steps))
+    return [*notes,
             *_resume_kernels(native_kernels, saved),
             *_resume_optimizer(training, checkpoint.get('optimizer'), other_optimizer),
             *_resume_schedule(training, other_schedule, batches),
