@@ -6,6 +6,7 @@
     python deploy.py predict photo.jpg --packed FILE         what is in a picture
     python deploy.py onnx FILE --output model.onnx           the same network for other runtimes
     python deploy.py bench FILE                              its speed here, beside full precision
+    python deploy.py push FILE OWNER/NAME                    to the Hugging Face hub; pull OWNER/NAME fetches it
 
 FILE is a packed file; all but inspect take a checkpoint that says which network it holds in its place.
 `python deploy.py COMMAND --help` explains each; docs/deploy.md explains the rest.
@@ -104,6 +105,18 @@ def run_bench(args: Namespace) -> None:
     inference.write(found, conditions.batch_sizes, args.markdown, args.json)
 
 
+def run_push(args: Namespace) -> None:
+    from deployment import hub  # no other command needs it, nor the package
+
+    print(f'{args.file} -> {hub.push(args.file, args.repo, args.private)}')
+
+
+def run_pull(args: Namespace) -> None:
+    from deployment import hub
+
+    print(f'{args.repo} -> {hub.pull(args.repo, args.output, args.revision)}')
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog='deploy.py', description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,6 +181,20 @@ of a full-precision DeiT is exported as it is.
     add('file', metavar='FILE', help='packed file, or a checkpoint')
     add('--output', required=True, metavar='FILE')
     add('--weights', default='int8', choices=('int8', 'int4'), help='how weights are stored (default: %(default)s)')
+
+    add = command(run_push, 'upload a checkpoint or a packed file to the Hugging Face hub', '''\
+As safetensors, with config.json as timm writes it and the model card as README.md.
+
+  python deploy.py push out/best_checkpoint.pth me/flowers-4bit''')
+    add('file', metavar='FILE', type=Path, help='checkpoint that says which network it holds, or packed file')
+    add('repo', metavar='OWNER/NAME')
+    add('--private', action='store_true', help='a new repository is not shown to others')
+
+    add = command(run_pull, 'download what push uploaded', '''\
+  python deploy.py pull me/flowers-4bit --output flowers.pth''')
+    add('repo', metavar='OWNER/NAME')
+    add('--output', type=Path, metavar='FILE', help="the repository's name in .pth or .qvit.safetensors unless given")
+    add('--revision', metavar='NAME', help='branch, tag or commit')
 
     inference.add_arguments(command(run_bench, inference.SUMMARY, inference.HELP))
     return parser

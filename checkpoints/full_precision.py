@@ -57,7 +57,14 @@ def _of_more_bits(checkpoint: dict) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def adapt_full_precision(state: dict, model: nn.Module) -> dict[str, Tensor]:
-    """`load_full_precision` as a filter for timm's `pretrained=True`: the whole state_dict of the model."""
+    """`load_full_precision` as a filter for timm's `pretrained=True`: the whole state_dict of the model.
+
+    That of a quantized network, which timm reads from the hub by the same way, is left as it is.
+    """
+    own = model.state_dict()
+    if any(map(is_quantizer_entry, state)) and {name: value.shape for name, value in state.items()} == {
+            name: value.shape for name, value in own.items()}:
+        return state
     state, notes = _adapt(state_of(state), model)
     for note in notes:
         _logger.info(note)
