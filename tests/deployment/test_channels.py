@@ -10,7 +10,7 @@ from calibration.first_batch import calibrate
 from checkpoints.networks import ModelInfo
 from datasets import Digits, build_transform
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.slow]
 NAME, KWARGS = 'fourbits_deit_tiny_patch16_224', {'depth': 1, 'embed_dim': 24, 'num_heads': 2, 'patch_size': 8}
 
 
