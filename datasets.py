@@ -1,7 +1,6 @@
 """The data sets by name, their image transforms, and reproducible randomness for each sample."""
 
-import random
-import warnings
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,88 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from files.images import images_of, load_image, subfolders
-from files.paths import parse_json, read_text
+from files.images import images_of, is_no_class, subfolders
+from files.paths import fault, is_folder, parse_json, read_text
+from files.readers import (
+    READERS,
+    Labels,
+    ReaderSource,
+    is_reader,
+    is_stream,
+    open_reader,
+    read_class_map,
+    read_labels,
+)
+from files.samples import ImageList, ReaderImages, StreamedImages, TorchvisionImages, seeded
+from files.transforms import IMAGENET, Augmentation, Normalization, build_transform, normalization, normalized
 from utils import UserError, printable, readable
 
-__all__ = ['DATASETS', 'INAT_CATEGORIES', 'Augmentation', 'Digits', 'ImageList', 'SeededSamples', 'build_dataset',
-           'build_transform', 'normalized']
+__all__ = ['DATASETS', 'IMAGENET', 'INAT_CATEGORIES', 'Augmentation', 'Digits', 'ImageList', 'Normalization', 'Reading',
+           'SeededSamples', 'build_dataset', 'build_transform', 'choose_data_set', 'normalization', 'normalized']
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 
-_BICUBIC = transforms.InterpolationMode.BICUBIC
-# Up to this size images are taken whole: such data sets (CIFAR) have nothing to spare around the object.
-_SMALL = 32
-_MAX_UNREADABLE = 50
 LONGEST_NAME = 200  # of a class, in characters
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's operation, which Pillow 13 refuses for the 0 bits that RandAugment's noise can ask for: those give black.
-    """
-    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
-
-
-auto_augment.NAME_TO_OP.update(Posterize=_posterize, PosterizeIncreasing=_posterize, PosterizeOriginal=_posterize)
 
 
 def _some(names: Sequence[str]) -> str:
     """The first of `names`, and how many more there are."""
     return repr(names[0]) + (f' (and {len(names) - 1} more)' if len(names) > 1 else '')
-
-
-class ImageList(Dataset):
-    """Image files with labels.
-
-    A file that cannot be decoded stops an evaluation, which must cover exactly its images, and is replaced by the
-    next readable one in training, where one image among many does not matter but the run does.
-
-    Args:
-        samples: (path, label) pairs, at least one.
-        classes: name of each label.
-        transform: applied to the RGB image.
-        skip_unreadable: replace unreadable images (training) instead of raising (evaluation).
-    """
-
-    def __init__(
-        self, samples: list[tuple[str, int]], classes: list[str], transform: Callable, skip_unreadable: bool
-    ) -> None:
-        self.samples = samples
-        self.classes = classes
-        self.transform = transform
-        self.skip_unreadable = skip_unreadable
-        self.skipped = 0
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The transformed image and its label.
-
-        Raises:
-            UserError: an unreadable image, where these are not skipped, or 50 of them in a row.
-        """
-        for offset in range(_MAX_UNREADABLE):
-            path, label = self.samples[(index + offset) % len(self)]
-            try:
-                image = load_image(path)
-            except Exception as error:  # decoders raise nearly anything on a damaged file
-                reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-            else:
-                return self.transform(image), label
-            if not self.skip_unreadable:
-                raise UserError(f'{path} is not a readable image ({reason}): replace the file or remove it')
-            self.skipped += 1
-            warnings.warn(printable(f'skipped unreadable image number {self.skipped}: {path} ({reason})'), stacklevel=2)
-        raise UserError(f'{_MAX_UNREADABLE} images in a row are unreadable, up to {path} ({reason}): check the data')
 
 
 class Digits(Dataset):
@@ -144,123 +92,48 @@ class SeededSamples(Dataset):
         if not isinstance(index, tuple):
             return self.base[index]
         index, seed = index
-        # Seeded with the same number, numpy and torch would draw the same bits: an augmentation that is chosen with
-        # one of them would go together with what the other one decides.
-        python_seed, numpy_seed, torch_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
-        # Not torch.manual_seed, which also seeds the accelerators.
-        generator = torch.default_generator
-        states = random.getstate(), np.random.get_state(), generator.get_state()
-        try:
-            random.seed(python_seed)
-            np.random.seed(numpy_seed)
-            generator.manual_seed(torch_seed)
+        with seeded(seed):
             return self.base[index]
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            generator.set_state(states[2])
-
-
-# --- transforms -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """The random augmentation of training, DeiT's unless told otherwise; timm's `create_transform` explains the values.
-
-    Attributes:
-        aa: timm's name of a policy; 'none', '' or None for colour jitter instead of a policy.
-        train_interpolation: 'random', 'bilinear' or 'bicubic'.
-        random_resized_crop: False takes the fixed crop of evaluation.
-        reprob, remode, recount: how likely an image has parts erased, with what they are filled, and how many.
-    """
-    color_jitter: float = 0.4
-    aa: str | None = 'rand-m9-mstd0.5-inc1'
-    train_interpolation: str = 'bicubic'
-    random_resized_crop: bool = True
-    reprob: float = 0.25
-    remode: str = 'pixel'
-    recount: int = 1
-
-
-def _fixed_crop(size: int, ratio: float) -> list[Callable]:
-    """The crop of evaluation: the middle of the resized image, or all of it for small sizes."""
-    resized = size if size <= _SMALL else int(size / ratio)
-    return [transforms.Resize(resized, interpolation=_BICUBIC), transforms.CenterCrop(size)]
-
-
-def normalized() -> list[Callable]:
-    """The last transforms of all: they turn a PIL image into the normalized tensor that networks take."""
-    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-
-
-def _digits_transform(is_train: bool, size: int) -> transforms.Compose:
-    """Digits change their meaning by flips and by strong augmentation, so training only moves them a little."""
-    moved = transforms.RandomAffine(
-        degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08), interpolation=transforms.InterpolationMode.BILINEAR
-    )
-    resized = transforms.Resize((size, size), interpolation=_BICUBIC)
-    return transforms.Compose([resized, *([moved] if is_train else []), *normalized()])
-
-
-def build_transform(is_train: bool, input_size: int, data_set: str = 'IMNET', *,
-                    augmentation: Augmentation = Augmentation(),
-                    eval_crop_ratio: float = 0.875) -> transforms.Compose:
-    """The transform from a PIL image to a normalized float tensor of shape (3, input_size, input_size).
-
-    Args:
-        is_train: with the random augmentations of training.
-        data_set: a name of `DATASETS`; DIGITS has augmentations of its own.
-        eval_crop_ratio: share of the resized image's side that the fixed crop takes.
-
-    Raises:
-        UserError: an unknown interpolation, erasing mode or augmentation policy.
-    """
-    if data_set == 'DIGITS':
-        return _digits_transform(is_train, input_size)
-    fixed_crop = _fixed_crop(input_size, eval_crop_ratio)
-    if not is_train:
-        return transforms.Compose([*fixed_crop, *normalized()])
-
-    transform = _augmented(input_size, augmentation)
-    # The first of timm's transforms is its RandomResizedCrop.
-    if not augmentation.random_resized_crop:
-        transform.transforms[:1] = fixed_crop
-    elif input_size <= _SMALL:
-        whole = transforms.Resize(input_size, interpolation=_BICUBIC)
-        transform.transforms[:1] = [whole, transforms.RandomCrop(input_size, padding=4)]
-    return transform
-
-
-def _augmented(input_size: int, augmentation: Augmentation) -> transforms.Compose:
-    """timm's transform of training, beginning with RandomResizedCrop."""
-    interpolation, remode, aa = augmentation.train_interpolation, augmentation.remode, augmentation.aa
-    if interpolation not in ('random', 'bilinear', 'bicubic'):
-        raise UserError(f'--train-interpolation {interpolation!r}: choose random, bilinear or bicubic')
-    if remode not in ('const', 'rand', 'pixel'):
-        raise UserError(f'--remode {remode!r}: choose const, rand or pixel')
-    try:
-        return create_transform(
-            input_size=input_size, is_training=True, color_jitter=augmentation.color_jitter,
-            auto_augment=None if aa in (None, '', 'none') else aa, interpolation=interpolation,
-            re_prob=augmentation.reprob, re_mode=remode, re_count=augmentation.recount)
-    except (AssertionError, IndexError, KeyError, ValueError) as error:
-        raise UserError(f"--aa {aa!r} is not a policy: choose e.g. 'rand-m9-mstd0.5-inc1' or 'none'") from error
 
 
 # --- data sets by name ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a data set's name and folder leave open.
+
+    Attributes:
+        inat_category: what iNaturalist's labels are of, one of `INAT_CATEGORIES`.
+        class_map: path of a list of the classes, a name a line, in the order of their labels; None or '' for none.
+        train_split, val_split: the reader's names of the parts.
+        input_key, target_key: its names of image and label; None for its defaults.
+        exif_orientation: images are turned as EXIF says.
+        batch_size, seed: for streams, which give whole batches in an order that the seed draws.
+    """
+    inat_category: str = 'name'
+    class_map: str | None = None
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    input_key: str | None = None
+    target_key: str | None = None
+    exif_orientation: bool = False
+    batch_size: int = 1
+    seed: int = 0
+
+
 def _existing(data_path: str | Path) -> Path:
     root = Path(data_path).expanduser()
-    if not root.is_dir():
+    if not is_folder(root):
         raise UserError(f'--data-path {data_path} is not a folder: name the folder that holds the data set')
     return root
 
 
 def _class_folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise UserError(f'{folder} is missing: --data-path must hold train/ and val/ with one folder per class')
+    if not is_folder(folder):
+        archive = folder.with_suffix('.zip')
+        raise UserError(f'{archive} is to be unpacked: archives of images are read in .tar' if archive.is_file() else
+                        f'{folder} is missing: --data-path must hold train/ and val/ with one folder per class')
     names = subfolders(folder)
     if not names:
         raise UserError(f'{folder} has no class folders: put the images of each class into a folder of its own')
@@ -271,11 +144,22 @@ def _class_folders(folder: Path) -> list[str]:
     return names
 
 
+def _class_names(part: Path) -> list[str]:
+    """The names of the classes in a folder, or in a tar archive, by which labels are numbered: sorted."""
+    if part.suffix != '.tar':
+        return _class_folders(part)
+    source = ReaderSource('', str(part), '')
+    names = sorted(name for name in read_labels(source, open_reader(source))[1] if not is_no_class(name))
+    if not names:
+        raise UserError(f'{part} has no class folders: pack a folder for each class')
+    return names
+
+
 def _classes_of_val(train: Path, val: Path, num_classes: int | None) -> list[str]:
-    """The classes that number the labels of val/: those of train/, or its own where there is no train/."""
-    found = _class_folders(val)
-    if train.is_dir():
-        classes = _class_folders(train)
+    """The classes that number the labels of val: those of train, or its own where there is no train."""
+    found = _class_names(val)
+    if train.exists():
+        classes = _class_names(train)
         unknown = sorted(set(found) - set(classes))
         if unknown:
             raise UserError(f'{val} has class folder {_some(unknown)} that {train} lacks: remove it or add it there')
@@ -288,25 +172,52 @@ def _classes_of_val(train: Path, val: Path, num_classes: int | None) -> list[str
     return found
 
 
-def _imnet(is_train: bool, data_path: str | Path, transform: Callable, *, num_classes: int | None, **_: Any,
-           ) -> ImageList:
-    """One folder per class in train/ and val/; the class folders of train/ number the labels."""
+def _part(root: Path, name: str) -> Path:
+    """The folder of a part, or its tar archive where there is no folder."""
+    archive = root / f'{name}.tar'
+    return archive if archive.is_file() and not is_folder(root / name) else root / name
+
+
+def _imnet(is_train: bool, data_path: str | Path, transform: Callable, *, num_classes: int | None,
+           reading: Reading) -> ImageList:
+    """One folder per class in train/ and val/, or in train.tar and val.tar; those of train number the labels."""
     root = _existing(data_path)
-    train, val = root / 'train', root / 'val'
-    folder = train if is_train else val
-    classes = _class_folders(train) if is_train else _classes_of_val(train, val, num_classes)
-    label_of = {name: label for label, name in enumerate(classes)}
-    # val/ need not have all classes.
-    samples = [(path, label) for name, label in label_of.items() if (folder / name).is_dir()
-               for path in images_of(folder / name)]
+    train, val = _part(root, 'train'), _part(root, 'val')
+    part = train if is_train else val
+    if reading.class_map:
+        classes = read_class_map(reading.class_map)
+        left_out = sorted(set(_class_names(part)) - set(classes))
+        if left_out:
+            print(f'--class-map {reading.class_map} leaves out {len(left_out)} class folders of {part}')
+    else:
+        classes = _class_names(train) if is_train else _classes_of_val(train, val, num_classes)
+    dataset = _images_of_part(part, classes, transform, is_train, reading)
     if is_train:
-        filled = {label for _, label in samples}
-        empty = [str(train / name) for name, label in label_of.items() if label not in filled]
+        filled = {label for _, label in dataset.samples}
+        empty = [str(train / name) for label, name in enumerate(classes) if label not in filled]
         if empty:
             raise UserError(f'no images in class folder {_some(empty)}: add images or remove the folder')
-    elif not samples:
+    elif not dataset.samples:
         raise UserError(f'no images in {val}: add images to its class folders')
-    return ImageList(samples, classes, transform, skip_unreadable=is_train)
+    return dataset
+
+
+def _images_of_part(part: Path, classes: list[str], transform: Callable, is_train: bool, reading: Reading) -> ImageList:
+    """The images of these classes, not all of which need to be there."""
+    if part.suffix != '.tar':
+        samples = [(path, label) for label, name in enumerate(classes) if is_folder(part / name)
+                   for path in images_of(part / name)]
+        return ImageList(samples, classes, transform, is_train, reading.exif_orientation)
+    source = ReaderSource('', str(part), '')
+    opened = open_reader(source)
+    samples, names = read_labels(source, opened)
+    label_of = {name: label for label, name in enumerate(classes)}
+    # In the order of the folders that were packed.
+    found = sorted((label_of[names[label]], os.path.split(path), number) for number, (path, label) in enumerate(samples)
+                   if names[label] in label_of and not os.path.basename(path).startswith('.'))
+    return ReaderImages(source, opened.reader, [number for *_, number in found],
+                        [(samples[number][0], label) for label, _, number in found], classes, transform, is_train,
+                        reading.exif_orientation)
 
 
 def _read_json(path: Path) -> Any:
@@ -317,9 +228,10 @@ def _read_json(path: Path) -> Any:
         raise UserError(f'{path} is not valid JSON: fetch the file again') from error
 
 
-def _inat(is_train: bool, data_path: str | Path, transform: Callable, *, year: int, inat_category: str, **_: Any,
+def _inat(is_train: bool, data_path: str | Path, transform: Callable, *, year: int, reading: Reading, **_: Any,
           ) -> ImageList:
     """iNaturalist with labels numbered as in DeiT: by first appearance of the category in the training annotations."""
+    inat_category = reading.inat_category
     if inat_category not in INAT_CATEGORIES:
         raise UserError(f'--inat-category {inat_category!r}: choose one of {", ".join(INAT_CATEGORIES)}')
     root = _existing(data_path)
@@ -342,18 +254,23 @@ def _inat(is_train: bool, data_path: str | Path, transform: Callable, *, year: i
             f'the {year} annotations in {root} do not fit together ({reason}): fetch the JSON files again'
         ) from error
     samples = [(str(root.joinpath(*parts)), label) for parts, label in zip(files, labels, strict=True)]
-    return ImageList(samples, list(label_of), transform, skip_unreadable=is_train)
+    return ImageList(samples, list(label_of), transform, is_train, reading.exif_orientation)
 
 
 def _cifar(is_train: bool, data_path: str | Path, transform: Callable, *, source: type[CIFAR10], **_: Any) -> CIFAR10:
     root = Path(data_path).expanduser()
     folder = root / source.base_folder
-    download = not folder.is_dir()
+    download = not is_folder(folder)
     try:
+        for entry in () if download else os.scandir(folder):
+            entry.stat()  # of files that it may not look at, torchvision says that they are missing
         return source(str(root), train=is_train, transform=transform, download=download)
     except (OSError, RuntimeError, HTTPException) as error:
+        reason = fault(error)
         if not download:
-            raise UserError(f'{folder} is incomplete or damaged: replace it, or remove it to download it') from error
+            at = getattr(error, 'filename', None) or folder
+            raise UserError(f'{at} cannot be read ({reason})' if reason else
+                            f'{folder} is incomplete or damaged: replace it, or remove it to download it') from error
         reason = ' '.join(str(error).split())
         raise UserError(
             f'{folder} is missing and cannot be downloaded ({reason}): unpack {source.filename} into {root}'
@@ -364,8 +281,30 @@ def _digits(is_train: bool, data_path: str | Path | None, transform: Callable, *
     return Digits(is_train, transform)
 
 
-# Each builder is called as builder(is_train, data_path, transform, inat_category=..., num_classes=...) and returns a
-# data set that has `classes`.
+def _of_reader(is_train: bool, data_set: str, data_path: str | None, transform: Callable, reading: Reading) -> Dataset:
+    """What one of timm's readers reads."""
+    root = None if data_path is None else str(Path(data_path).expanduser())
+    source = ReaderSource(data_set, root, reading.train_split if is_train else reading.val_split, reading.input_key,
+                          reading.target_key, is_train, reading.batch_size, reading.seed)
+    listed = read_class_map(reading.class_map) if reading.class_map else None
+    if is_stream(data_set):
+        if reading.exif_orientation:
+            raise UserError(f'--exif-orientation: {data_set} gives its images decoded, leave it out')
+        return StreamedImages(source, listed, transform)
+    opened = open_reader(source)
+    found, names = read_labels(source, opened)
+    labels = Labels(names, listed, f'--data-set {data_set}')
+    samples = [(name, labels.number(label)) for name, label in found]
+    if not samples:
+        raise UserError(f'--data-set {data_set}: {source.split} has no images')
+    if hasattr(opened, 'reader'):
+        return ReaderImages(source, opened.reader, range(len(samples)), samples, labels.classes, transform, is_train,
+                            reading.exif_orientation)
+    return TorchvisionImages(opened, [label for _, label in samples], labels.classes, transform)
+
+
+# Each builder is called as builder(is_train, data_path, transform, num_classes=..., reading=...) and returns a data set
+# that has `classes`.
 DATASETS: dict[str, Callable[..., Dataset]] = {
     'CIFAR': partial(_cifar, source=CIFAR100),
     'CIFAR10': partial(_cifar, source=CIFAR10),
@@ -376,25 +315,54 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 }
 
 
+def choose_data_set(asked: str | None, data_path: str | None, described: str | None = None, file: str = '') -> str:
+    """The data set of a command: the one asked for, else that of the file, else the default of --data-path.
+
+    Args:
+        asked: what --data-set names.
+        described: what `file` says that its network was trained on.
+
+    Raises:
+        UserError: it is unknown, or nobody says where it lies.
+    """
+    chosen = asked or described or ('DIGITS' if data_path is None else 'IMNET')
+    said = f'--data-set {chosen}' if asked or not described else f'{file} is of {chosen}'
+    if chosen not in DATASETS and not is_reader(chosen):
+        raise UserError(f'--data-set {chosen!r} is unknown: choose one of {", ".join(DATASETS)}, or '
+                        f'{", ".join(f"{prefix}/NAME" for prefix in READERS)}')
+    if is_reader(chosen) and not asked:  # a file does not decide what is fetched
+        raise UserError(f'{said}: pass its --data-set')
+    if data_path is None and chosen != 'DIGITS' and not chosen.startswith(('hfds/', 'hfids/', 'tfds/')):
+        raise UserError(f'{said} needs --data-path' if asked else f'{said}: pass its --data-path')
+    return chosen
+
+
 def build_dataset(is_train: bool, data_set: str, data_path: str | Path | None, transform: Callable, *,
-                  inat_category: str = 'name', num_classes: int | None = None) -> tuple[Dataset, int]:
+                  num_classes: int | None = None, reading: Reading = Reading()) -> tuple[Dataset, int]:
     """The training or the evaluation part of a data set, and its number of classes.
 
     Items are (transformed image, label) pairs; `.classes` names the labels.
 
     Args:
-        data_set: a name of `DATASETS`.
+        data_set: a name of `DATASETS`, or one of timm's readers, see `files.readers`.
         data_path: the folder that holds it; DIGITS needs none.
         transform: applied to the RGB image, see `build_transform`.
-        inat_category: what iNaturalist's labels are of, one of `INAT_CATEGORIES`.
         num_classes: how many classes to expect, where an ImageNet folder has no train/ to count them by.
+        reading: what else there is to say.
 
     Raises:
         UserError: an unknown name, or data that is missing, empty or inconsistent.
     """
-    if data_set not in DATASETS:
-        raise UserError(f'--data-set {data_set!r} is unknown: choose one of {", ".join(DATASETS)}')
-    build = DATASETS[data_set]
-    dataset = build(is_train, data_path, transform, inat_category=inat_category, num_classes=num_classes)
-    dataset.classes = readable(dataset.classes)
+    data_set = choose_data_set(data_set, None if data_path is None else str(data_path))
+    if reading.class_map and data_set != 'IMNET' and not is_reader(data_set):
+        raise UserError(f'--class-map is of folders and of {", ".join(READERS)}, {data_set} names its classes itself')
+    if is_reader(data_set):
+        dataset = _of_reader(is_train, data_set, data_path, transform, reading)
+    else:
+        dataset = DATASETS[data_set](is_train, data_path, transform, num_classes=num_classes, reading=reading)
+    dataset.classes = [printable(name) for name in readable(dataset.classes)]
+    longest = max(dataset.classes, key=len)
+    if len(longest) > LONGEST_NAME:
+        raise UserError(f'class {longest[:40]!r}... has a name of {len(longest)} characters, at most {LONGEST_NAME} '
+                        'can be kept: rename it')
     return dataset, len(dataset.classes)

@@ -6,6 +6,7 @@
     python deploy.py predict photo.jpg --packed FILE         what is in a picture
     python deploy.py onnx FILE --output model.onnx           the same network for other runtimes
     python deploy.py bench FILE                              its speed here, beside full precision
+    python deploy.py push FILE OWNER/NAME                    to the Hugging Face hub; pull OWNER/NAME fetches it
 
 FILE is a packed file; all but inspect take a checkpoint that says which network it holds in its place.
 `python deploy.py COMMAND --help` explains each; docs/deploy.md explains the rest.
@@ -27,13 +28,13 @@ import models  # noqa: F401  (registers full-precision networks)
 import quant_vision_transformer  # noqa: F401  (registers the quantized ones)
 from benchmarks import inference
 from checkpoints.networks import ModelInfo, open_network
-from datasets import DATASETS, build_transform
+from datasets import build_transform, choose_data_set
 from deployment import evaluation, packing, predictor
 from deployment.integer import IntegerViT
 from engine import evaluate
 from models import is_quantized
-from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
-from training.flags import crop_ratio, positive_int, workers
+from training.data import Loading, build_eval_dataset, build_eval_loader, source_of
+from training.flags import add_data_arguments, crop_ratio, positive_int, workers
 from utils import Parser, Ranks, entry_point, pick, printable
 
 
@@ -48,8 +49,8 @@ def run_inspect(args: Namespace) -> None:
 
 def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
     """The evaluation images of the flags, labelled as main.py labels them; evenly spread ones with --limit."""
-    data_set = evaluation.data_set_of(args.file, info, args.data_set, args.data_path)
-    source = pick(DataSource, vars(args) | {'data_set': data_set, 'input_size': info.input_size})
+    data_set = choose_data_set(args.data_set, args.data_path, info.data_set, args.file)
+    source = source_of(info, vars(args) | {'data_set': data_set})
     dataset = build_eval_dataset(source, info.num_classes)
     evaluation.check_classes(args.file, info, data_set, dataset.classes)
     loading = Loading(args.batch_size, args.num_workers, pin_mem=False)
@@ -75,7 +76,7 @@ def run_eval(args: Namespace) -> None:
 
 def run_predict(args: Namespace) -> None:
     info, model, _ = predictor.open_quantized(args.packed)
-    transform = build_transform(False, info.input_size, info.data_set or 'IMNET')
+    transform = build_transform(False, info.input_size, info.data_set or 'IMNET', normalization=info.normalization)
     names = predictor.class_names(info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
     for path in args.image:
@@ -102,6 +103,18 @@ def run_bench(args: Namespace) -> None:
     opened = inference.random_network(args.model) if args.file is None else predictor.open_quantized(args.file)
     found = inference.measure_network(opened.info, opened.model, args.file or 'random weights', conditions)
     inference.write(found, conditions.batch_sizes, args.markdown, args.json)
+
+
+def run_push(args: Namespace) -> None:
+    from deployment import hub  # no other command needs it, nor the package
+
+    print(f'{args.file} -> {hub.push(args.file, args.repo, args.private)}')
+
+
+def run_pull(args: Namespace) -> None:
+    from deployment import hub
+
+    print(f'{args.repo} -> {hub.pull(args.repo, args.output, args.revision)}')
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -145,9 +158,7 @@ Images, crop and labels are those of main.py --eval.
     add('--limit', type=positive_int, metavar='N', help='N images, evenly spread')
     add('--batch-size', default=64, type=positive_int,
         help='as for main.py, which evaluates 1.5 times as many (default: 64)')
-    add('--data-path', help='folder of the data set')
-    add('--data-set', choices=DATASETS, help='that of the file unless given')
-    add('--inat-category', default='name', help='(default: %(default)s)')
+    add_data_arguments(add, 'that of the file unless given')
     add('--eval-crop-ratio', default=0.875, type=crop_ratio, help='(default: %(default)s)')
     add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=workers,
         help='(here: %(default)s)')
@@ -170,6 +181,20 @@ of a full-precision DeiT is exported as it is.
     add('file', metavar='FILE', help='packed file, or a checkpoint')
     add('--output', required=True, metavar='FILE')
     add('--weights', default='int8', choices=('int8', 'int4'), help='how weights are stored (default: %(default)s)')
+
+    add = command(run_push, 'upload a checkpoint or a packed file to the Hugging Face hub', '''\
+As safetensors, with config.json as timm writes it and the model card as README.md.
+
+  python deploy.py push out/best_checkpoint.pth me/flowers-4bit''')
+    add('file', metavar='FILE', type=Path, help='checkpoint that says which network it holds, or packed file')
+    add('repo', metavar='OWNER/NAME')
+    add('--private', action='store_true', help='a new repository is not shown to others')
+
+    add = command(run_pull, 'download what push uploaded', '''\
+  python deploy.py pull me/flowers-4bit --output flowers.pth''')
+    add('repo', metavar='OWNER/NAME')
+    add('--output', type=Path, metavar='FILE', help="the repository's name in .pth or .qvit.safetensors unless given")
+    add('--revision', metavar='NAME', help='branch, tag or commit')
 
     inference.add_arguments(command(run_bench, inference.SUMMARY, inference.HELP))
     return parser

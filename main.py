@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -27,8 +26,9 @@ from calibration.reconstruction import Reconstruction
 from checkpoints.files import read_checkpoint, write_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, network_info
-from datasets import DATASETS, Augmentation, SeededSamples
+from datasets import Augmentation, Normalization, SeededSamples, choose_data_set, normalization
 from engine import AMP_DTYPES, Loop, autocast, evaluate_and_say, fit
+from files.readers import is_stream, without_place
 from losses import DISTILLATION_TYPES, Distillation
 from ops import cpu_memory
 from samplers import ResumableSampler
@@ -76,7 +76,10 @@ def get_args_parser() -> ArgumentParser:
     add('--model-ema', default=False, action=BooleanOptionalAction, help='average the weights over time')
     add('--model-ema-decay', default=0.99996, type=flags.share)
     add('--model-ema-force-cpu', action='store_true')
+    add('--model-ema-warmup', action='store_true', help='the decay rises to its value over the first updates')
     add('--amp', default='none', choices=AMP_DTYPES, help='precision of the matrix products')
+    add('--grad-checkpointing', action='store_true', help='less memory, more time: blocks are computed twice')
+    add('--freeze', choices=networks.FREEZINGS, help='train steps and zero points only, or the heads only')
     add('--compile', action='store_true', help='torch.compile')
     add('--native-kernels', action=BooleanOptionalAction,
         help='quantizers in C++, compiled on first use (default: on a CPU, where a compiler is found)')
@@ -152,9 +155,7 @@ def get_args_parser() -> ArgumentParser:
 
     group = parser.add_argument_group('data and evaluation')
     add = group.add_argument
-    add('--data-path', help='folder of the data set')
-    add('--data-set', choices=DATASETS, help='IMNET where there is a --data-path, else DIGITS')
-    add('--inat-category', default='name')
+    flags.add_data_arguments(add, 'IMNET where there is a --data-path, else DIGITS')
     add('--eval', action='store_true', help='only evaluate: --resume, or --finetune after calibration alone '
         '(post-training quantization; --output_dir gets the network as calibrated.pth)')
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
@@ -167,10 +168,6 @@ def get_args_parser() -> ArgumentParser:
     add('--output_dir', '--output-dir', default='', help='for checkpoints, log.txt, args.json and TensorBoard')
     add('--finetune', default='', metavar='FILE', help='checkpoint to start from: of full precision, or '
         'quantized to more bits (4 -> 3 -> 2)')
-    add('--finetune-mean', type=flags.share, nargs=3, metavar='M', help="by colour, what was taken from its images "
-        "(ImageNet's); 0.5 0.5 0.5 for timm's augreg ViT")
-    add('--finetune-std', type=flags.share_above_0, nargs=3, metavar='S', help="by colour, what they were divided by "
-        "(ImageNet's)")
     add('--resume', default='', metavar='FILE', help='checkpoint to continue; auto: that of --output_dir, if any')
     add('--start_epoch', '--start-epoch', default=0, type=flags.non_negative_int)
     add('--seed', default=0, type=flags.seed)
@@ -257,21 +254,26 @@ def settle_network(args: Namespace, checkpoint: dict[str, Any] | None) -> ModelI
     if checkpoint is not None:
         info = network_info(args.resume, checkpoint, args.model, args.model_kwargs, args.input_size)
         args.model, args.input_size, args.model_kwargs = info.model, info.input_size, dict(info.kwargs)
-        args.data_set = args.data_set or info.data_set
-        if args.model_kwargs.get('in_chans', 3) != 3:
-            raise UserError(f'{args.resume} is of a network for {args.model_kwargs["in_chans"]} channels, images of '
-                            'all data sets come with 3')
+        args.mean, args.std = args.mean or info.mean, args.std or info.std
     args.model = args.model or DEFAULT_MODEL
     args.input_size = args.input_size or DEFAULT_SIZE
-    args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')
-    if args.data_set != 'DIGITS' and args.data_path is None:
-        raise UserError(f'{args.resume} is of {args.data_set}: pass its --data-path')
+    args.data_set = choose_data_set(args.data_set, args.data_path, info.data_set if info else None, args.resume)
+    normalization_of(args)  # refuses what does not go together
     return info
+
+
+def normalization_of(args: Namespace) -> Normalization:
+    return normalization(args.mean, args.std, args.model_kwargs.get('in_chans') or 3)
+
+
+def source_of(args: Namespace) -> data.DataSource:
+    """Where the run's images come from."""
+    return pick(data.DataSource, vars(args) | {'normalization': normalization_of(args)})
 
 
 def build_datasets(args: Namespace, ranks: Ranks) -> tuple[SeededSamples, Dataset]:
     """The training part and the evaluation part."""
-    source = pick(data.DataSource, vars(args))
+    source = source_of(args)
     with data.rank_0_first(ranks):
         dataset = data.build_train_dataset(source, pick(Augmentation, vars(args)), args.soft_labels)
         args.nb_classes = len(dataset.classes)
@@ -285,9 +287,7 @@ def build_student(args: Namespace, setting: Setting, num_classes: int) -> nn.Mod
     if setting.checkpoint is not None:
         load_quantized(model, setting.checkpoint)
     elif args.finetune:
-        for note in load_full_precision(model, read_checkpoint(args.finetune),
-                                        args.finetune_mean or IMAGENET_DEFAULT_MEAN,
-                                        args.finetune_std or IMAGENET_DEFAULT_STD):
+        for note in load_full_precision(model, read_checkpoint(args.finetune)):
             print(f'--finetune: {note}')
     ops.use(model, setting.implementation)
     return model.to(setting.device)
@@ -305,7 +305,7 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
         images = data.first_batch_images(dataset, sampler, args.batch_size)
     else:
         count = args.calibration_images or CALIBRATIONS[calibration]
-        images = data.calibration_images(dataset, pick(data.DataSource, vars(args)), count, args.seed)
+        images = data.calibration_images(dataset, source_of(args), count, args.seed)
     if args.calibration is None:
         print(f'--calibration {calibration}: {len(images)} images')
     networks.calibrate_student(model, images, calibration, Reconstruction(args.calibration_epochs, seed=args.seed),
@@ -314,7 +314,8 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
 
 def describe_network(args: Namespace, dataset: Dataset) -> ModelInfo:
     classes = list(dataset.classes)
-    return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes, args.data_set)
+    return ModelInfo(args.model, args.model_kwargs, len(classes), args.input_size, classes,
+                     without_place(args.data_set), args.mean and tuple(args.mean), args.std and tuple(args.std))
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def evaluate(args: Namespace, setting: Setting) -> None:
     """Evaluates the network of a checkpoint, and the average of its weights where that is asked for."""
     known = setting.checkpoint_info
     with data.rank_0_first(setting.ranks):
-        dataset = data.build_eval_dataset(pick(data.DataSource, vars(args)), known.num_classes)
+        dataset = data.build_eval_dataset(source_of(args), known.num_classes)
     if known.classes not in (None, dataset.classes):
         print('warning: the classes of the data set have other names than those that the checkpoint was trained on')
     model = build_student(args, setting, len(dataset.classes))
@@ -369,20 +370,24 @@ def train(args: Namespace, setting: Setting) -> None:
     utils.seed_everything(args.seed + ranks.rank)
     if not is_calibrated(model):
         calibrate_student(args, model, dataset, sampler)
+    if args.freeze:
+        networks.freeze_all_but(model, args.freeze.removeprefix('all-but-'))
+    if args.grad_checkpointing:
+        networks.checkpoint_gradients(model)
     training = build_training(
         model, device, pick(OptimizerConfig, vars(args) | {'lr': args.scaled_lr}), pick(ScheduleConfig, vars(args)),
         pick(Averaging, vars(args)), build_methods(model, pick(OscillationConfig, vars(args))), amp=args.amp,
         seed=args.seed, start_epoch=args.start_epoch)
     network = networks.wrap(model, device, args.compile)  # now, with the parameters that are trained
     with autocast(device, args.amp):
-        networks.settle_buckets(network, torch.zeros(args.batch_size, 3, args.input_size, args.input_size,
-                                                     device=device))
+        networks.settle_buckets(network, torch.zeros(args.batch_size, normalization_of(args).in_chans,
+                                                     args.input_size, args.input_size, device=device))
     args.n_parameters = training.n_parameters
     print(f'number of params: {args.n_parameters}')
     if setting.checkpoint is not None:
         resume_and_say(args.resume, training, setting.checkpoint, pick(Position, vars(args)),
                        pick(OptimizerConfig, vars(args)), pick(ScheduleConfig, vars(args)), ranks, batches,
-                       args.native_kernels)
+                       args.native_kernels, is_stream(args.data_set))
 
     info, folder, record = describe_network(args, dataset), None, None
     if args.output_dir:
@@ -402,7 +407,7 @@ def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_cla
     teacher = None
     if (args.distillation_type != 'none' or args.dgd_weight or args.token_weight) and not args.soft_labels:
         teacher = networks.build_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size,
-                                         args.data_set).to(setting.device)
+                                         args.data_set, normalization_of(args).in_chans).to(setting.device)
         ops.use(teacher, setting.implementation)
     dgd_weight = networks.settle_dgd_weight(args.dgd_weight, model, teacher, args.model)
     distillation = pick(Distillation, vars(args) | {'dgd_weight': dgd_weight})

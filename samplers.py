@@ -97,6 +97,30 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         return len(self.sampler) - self.start
 
 
+class StreamOrder:
+    """The order of a data set that gives its images from the first on only, in the place of a `ResumableSampler`.
+
+    Args:
+        stream: has `set_epoch(epoch, is_over)` and a length, the images of one process in an epoch.
+        generator: of its loader, from which workers get their seeds.
+        seed: the run's seed.
+    """
+
+    def __init__(self, stream: Sized, generator: torch.Generator, seed: int) -> None:
+        self.sampler, self._length, self._generator, self._seed = stream, len(stream), generator, seed
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch.
+
+        Raises:
+            ValueError: `start` is neither 0 nor its end, where nothing is left to read.
+        """
+        if start not in (0, self._length):
+            raise ValueError(f'start {start}: a stream can only be read from its beginning')
+        self.sampler.set_epoch(epoch, is_over=start > 0)
+        self._generator.manual_seed(self._seed + epoch)
+
+
 def build_train_sampler(
     dataset: Sized, repeated_aug: bool, num_replicas: int, rank: int, seed: int
 ) -> ResumableSampler:

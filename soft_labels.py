@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import RandomResizedCrop
 
 import utils
-from datasets import DATASETS, SeededSamples, build_dataset
+from datasets import IMAGENET, Normalization, Reading, SeededSamples, build_dataset, choose_data_set, normalization
 from models import Teacher
-from training.flags import few, image_size, positive_int, seed, share, workers
+from training.flags import add_data_arguments, few, image_size, positive_int, seed, share, workers
 from training.methods.soft_labels import StoredLabels, fingerprint, raw_image, take_crop, top_k
 from training.networks import build_teacher
 from utils import UserError
@@ -39,12 +39,14 @@ class Crops:
         crop_scale: smallest and largest share of the image's area.
         train_interpolation: 'bilinear' or 'bicubic'.
         mirrored: every other crop, at random.
+        normalization: of the teacher's images.
     """
     crops_per_image: int
     crop_scale: Sequence[float]
     input_size: int
     train_interpolation: str
     mirrored: bool
+    normalization: Normalization = IMAGENET
 
 
 class DrawnCrops(Dataset):
@@ -60,7 +62,8 @@ class DrawnCrops(Dataset):
         image, crops = self.base[index][0], self.crops
         flips = torch.rand(crops.crops_per_image) < (0.5 if crops.mirrored else 0.)
         boxes = [RandomResizedCrop.get_params(image, crops.crop_scale, (3 / 4, 4 / 3)) for _ in flips]
-        pixels = [take_crop(image, box, bool(flip), crops.input_size, crops.train_interpolation)
+        pixels = [take_crop(image, box, bool(flip), crops.input_size, crops.train_interpolation,
+                            crops.normalization)
                   for box, flip in zip(boxes, flips, strict=True)]
         return torch.tensor(boxes, dtype=torch.int32), flips, torch.stack(pixels)
 
@@ -98,8 +101,7 @@ def get_args_parser() -> utils.Parser:
                           formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add('--output', required=True, metavar='FILE', help='.safetensors file to write')
-    add('--data-path', help='folder of the data set')
-    add('--data-set', choices=DATASETS, help='IMNET where there is a --data-path, else DIGITS')
+    add_data_arguments(add, 'IMNET where there is a --data-path, else DIGITS')
     add('--teacher-model', help="timm's name")
     add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
     add('--crops-per-image', type=few, default=4)
@@ -123,22 +125,24 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
         raise UserError('--device cuda: PyTorch finds no CUDA GPU here, choose cpu')
     if not (args.teacher_model or args.teacher_path):
         raise UserError('the labels are those of a teacher: name it with --teacher-model or --teacher-path')
-    args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')
-    if args.data_set != 'DIGITS' and args.data_path is None:
-        raise UserError(f'--data-set {args.data_set} needs --data-path')
+    args.data_set = choose_data_set(args.data_set, args.data_path)
     return args
 
 
 def write_labels(args: Namespace) -> StoredLabels:
     """What was written to --output."""
-    dataset, num_classes = build_dataset(True, args.data_set, args.data_path, raw_image)
+    dataset, num_classes = build_dataset(True, args.data_set, args.data_path, raw_image,
+                                         reading=utils.pick(Reading, vars(args)))
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f'--data-set {args.data_set} gives its images in its order only: labels are stored by number')
     if args.top_k > num_classes:
         raise UserError(f'--top-k {args.top_k}: {args.data_set} has {num_classes} classes')
     if not Path(args.output).parent.is_dir():
         raise UserError(f'--output {args.output}: there is no such folder')
     device = torch.device(args.device)
     teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size, args.data_set)
-    crops = utils.pick(Crops, vars(args) | {'mirrored': args.data_set != 'DIGITS'})
+    crops = utils.pick(Crops, vars(args) | {
+        'mirrored': args.data_set != 'DIGITS', 'normalization': normalization(args.mean, args.std)})
     labels = label_crops(Teacher(teacher.to(device)), str(args.teacher_model or Path(args.teacher_path).name), dataset,
                          crops, top_k_classes=args.top_k, batch_size=args.batch_size, num_workers=args.num_workers,
                          seed=args.seed, device=device)

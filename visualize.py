@@ -19,9 +19,10 @@ from analysis import inspection
 from analysis.images import stacked, to_pictures
 from checkpoints.descriptions import check_options, check_registered
 from checkpoints.networks import ModelInfo, open_network
-from datasets import DATASETS, ImageList, build_dataset, build_transform
+from datasets import ImageList, choose_data_set
 from files.paths import check_file
-from training.flags import crop_ratio, image_size, positive_int
+from training.data import build_eval_dataset, source_of
+from training.flags import add_data_arguments, crop_ratio, image_size, positive_int
 from training.networks import build_teacher
 from utils import Parser, UserError, entry_point, key_value
 
@@ -85,9 +86,7 @@ def _add_network_flags(parser: ArgumentParser, has_teacher: bool) -> None:
 def _add_image_flags(parser: ArgumentParser, images: int) -> None:
     add = parser.add_argument_group('images').add_argument
     add('--images', nargs='+', type=Path, metavar='FILE', help='image files, instead of a data set')
-    add('--data-set', metavar='NAME', choices=DATASETS, help=f'{", ".join(DATASETS)}; the checkpoint\'s, unless given')
-    add('--data-path', help='folder of the data set')
-    add('--inat-category', default='name', help='name, unless given')
+    add_data_arguments(add, "the checkpoint's, unless given")
     add('--num-images', type=positive_int, default=images,
         help=f'evaluation images to take, at equal distances through the data set (default: {images})')
     add('--eval-crop-ratio', type=crop_ratio, default=0.875, help='0.875, unless given')
@@ -102,8 +101,8 @@ def check_args(args: Namespace) -> None:
         if name is not None:
             check_registered(name, flag)
     check_options(dict(args.model_kwargs))
-    if args.data_set not in (None, 'DIGITS') and not (args.data_path or args.images):
-        raise UserError(f'--data-set {args.data_set} needs --data-path')
+    if args.data_set and not args.images:
+        choose_data_set(args.data_set, args.data_path)
     for flag, path in (('--resume', args.resume), ('--teacher-path', args.teacher_path)):
         if path and not path.startswith('https://'):
             check_file(path, f'{flag} {path}')
@@ -115,14 +114,14 @@ def load_networks(args: Namespace) -> tuple[dict[str, nn.Module], ModelInfo, str
                                     input_size=args.input_size)
     if not is_calibrated(student):
         raise UserError(f'{args.resume} holds quantizers without steps: train it first')
-    given = args.data_path or args.images
-    data_set = args.data_set or info.data_set or ('IMNET' if given else 'DIGITS')
-    if data_set != 'DIGITS' and not given:
-        raise UserError(f'{args.resume} is of {data_set}: pass its --data-path')
+    if args.images:  # no data set is read, its name says how images are cropped
+        data_set = args.data_set or info.data_set or 'IMNET'
+    else:
+        data_set = choose_data_set(args.data_set, args.data_path, info.data_set, args.resume)
     networks = {inspection.title(student): student}
     if args.teacher_path or args.teacher_model:
-        teacher = build_teacher(args.teacher_model, args.teacher_path, info.num_classes, info.input_size,
-                                data_set).eval()
+        teacher = build_teacher(args.teacher_model, args.teacher_path, info.num_classes, info.input_size, data_set,
+                                info.normalization.in_chans).eval()
         depths = [len(getattr(model, 'blocks', [])) for model in (student, teacher)]
         if depths[0] != depths[1]:
             raise UserError(f'the network has {depths[0]} blocks, the teacher {depths[1]}: choose one of as many')
@@ -131,13 +130,12 @@ def load_networks(args: Namespace) -> tuple[dict[str, nn.Module], ModelInfo, str
 
 
 def load_images(args: Namespace, info: ModelInfo, data_set: str) -> Tensor:
-    """(B, 3, input_size, input_size), normalized as in evaluation, of --images or of the data set."""
-    transform = build_transform(False, info.input_size, data_set, eval_crop_ratio=args.eval_crop_ratio)
+    """(B, C, input_size, input_size), normalized as in evaluation, of --images or of the data set."""
+    source = source_of(info, vars(args) | {'data_set': data_set})
     if args.images:
-        return stacked(ImageList([(str(path), 0) for path in args.images], ['image'], transform, skip_unreadable=False))
-    dataset, _ = build_dataset(False, data_set, args.data_path, transform, inat_category=args.inat_category,
-                               num_classes=info.num_classes)
-    return stacked(dataset, args.num_images)
+        return stacked(ImageList([(str(path), 0) for path in args.images], ['image'], source.evaluation_transform(),
+                                 skip_unreadable=False, upright=True))
+    return stacked(build_eval_dataset(source, info.num_classes), args.num_images)
 
 
 def draw(args: Namespace, figures: ModuleType) -> Iterator[tuple[Path, Any]]:
@@ -153,7 +151,7 @@ def draw(args: Namespace, figures: ModuleType) -> Iterator[tuple[Path, Any]]:
         blocks = inspection.compare_maps(networks, images, args.blocks)
         for block, maps in blocks.items():
             path = args.output if len(blocks) == 1 else args.output.with_stem(f'{args.output.stem}_block{block}')
-            yield path, figures.attention_figure(to_pictures(images), maps, args.per_head)
+            yield path, figures.attention_figure(to_pictures(images, info.normalization), maps, args.per_head)
     elif args.command == 'distance':
         yield args.output, figures.distance_figure({
             name: inspection.attention_distances(model, images) for name, model in networks.items()})

@@ -19,11 +19,12 @@ from analysis.cost import summary
 from analysis.logs import parse_epoch
 from checkpoints.networks import ModelInfo
 from files.paths import parse_json
+from files.readers import is_reader, without_place
 from utils import UserError, printable, write_whole_text
 
 __all__ = ['write_model_card']
 
-PATH_FLAGS = ('config', 'data_path', 'finetune', 'output_dir', 'resume', 'teacher_path')
+PATH_FLAGS = ('class_map', 'config', 'data_path', 'finetune', 'output_dir', 'resume', 'teacher_path')
 MEASURED = {'test': 'network', 'test_ema': 'averaged network', 'teacher': 'teacher'}  # prefixes of log.txt
 Flags = Mapping[str, Any]
 
@@ -102,12 +103,14 @@ def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
     """All flags, and what the run derived from them, without folders and addresses of the machine."""
     names = {flag: printable(Path(str(flags[flag])).name) for flag in PATH_FLAGS if flags.get(flag)}
     scheme = {'dist_url': f'{str(flags["dist_url"]).partition("://")[0]}://'} if 'dist_url' in flags else {}
-    return {'data_path': None} | flags | names | scheme
+    data_set = {'data_set': without_place(str(flags['data_set']))} if flags.get('data_set') else {}
+    return {'data_path': None} | flags | names | scheme | data_set
 
 
 def _commands(checkpoint: str, data_set: str | None) -> dict[str, str]:
     """What to type in the folder of this code, with the checkpoint in it."""
-    where = '' if data_set == 'DIGITS' else ' --data-path DIR'
+    where = f' --data-set {data_set}' if data_set is not None and is_reader(data_set) else ''
+    where += '' if data_set == 'DIGITS' or data_set and data_set.startswith('hfds/') else ' --data-path DIR'
     return {'evaluate': f'python main.py --eval --resume {checkpoint}{where}',
             'pack': f'python deploy.py pack {checkpoint} --output model.qvit.safetensors',
             'precision': f'python cost.py --checkpoint {checkpoint} --manifest'}

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import timm
 from torch import Tensor
 
-from datasets import DATASETS
+from datasets import DATASETS, Normalization, normalization
+from files.readers import READERS, is_reader
 from utils import UserError, closest
 
 __all__ = ['FORMAT_VERSION', 'LARGEST_IMAGE', 'MOST_CLASSES', 'ModelInfo', 'check_kwargs', 'check_options',
@@ -50,6 +51,12 @@ def _text(value: Any) -> bool:
     return type(value) is str and len(value) <= 200 and not re.search(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff]', value)
 
 
+def _levels(value: Any, low: float) -> bool:
+    """Whether they are numbers of pixels, one or one for each colour."""
+    return isinstance(value, list | tuple) and len(value) in (1, 3) and all(
+        type(level) in (int, float) and low <= level <= 1e30 for level in value)
+
+
 _FLAG = _Kind(lambda value: type(value) is bool, 'True or False')
 _SHARE = _number(0, 1)
 _PATCH = _whole(1, 256)
@@ -77,8 +84,10 @@ _FIELDS = {  # of a description, beside its version, its model and its kwargs
     'input_size': _whole(1, LARGEST_IMAGE),
     'classes': _Kind(lambda value: value is None or isinstance(value, list) and all(map(_text, value)),
                      'a list of short names'),
-    'data_set': _Kind(lambda value: value is None or type(value) is str and value in DATASETS,
-                      f'one of {", ".join(DATASETS)}'),
+    'data_set': _Kind(lambda value: value is None or _text(value) and (value in DATASETS or is_reader(value)),
+                      f'one of {", ".join(DATASETS)}, or {", ".join(f"{prefix}/NAME" for prefix in READERS)}'),
+    'mean': _Kind(lambda value: value is None or _levels(value, 0), 'one number from 0 to 1, or three'),
+    'std': _Kind(lambda value: value is None or _levels(value, 1e-30), 'one number above 0, or three'),
 }
 
 
@@ -101,6 +110,7 @@ class ModelInfo:
         num_classes, input_size: of its logits; of its square images, in pixels.
         classes: names of the classes, by label.
         data_set: that it was trained on, as `--data-set` names it.
+        mean, std: that its images are normalized by, see `datasets.normalization`; None for ImageNet's.
     """
     model: str
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -108,12 +118,24 @@ class ModelInfo:
     input_size: int = 224
     classes: list[str] | None = None
     data_set: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def normalization(self) -> Normalization:
+        """That of its images.
+
+        Raises:
+            UserError: there are no images of so many channels as the network takes.
+        """
+        return normalization(self.mean, self.std, self.kwargs.get('in_chans') or 3)
 
     def to_dict(self) -> dict[str, Any]:
         """The `qvit` entry of a checkpoint."""
+        levels = {name: list(value) for name, value in (('mean', self.mean), ('std', self.std)) if value is not None}
         return {'format_version': FORMAT_VERSION, 'model': self.model, 'kwargs': dict(self.kwargs),
                 'num_classes': self.num_classes, 'input_size': self.input_size, 'classes': self.classes,
-                'data_set': self.data_set}
+                'data_set': self.data_set} | levels
 
     @classmethod
     def from_dict(cls, entry: Any, where: str) -> ModelInfo:
@@ -147,7 +169,8 @@ class ModelInfo:
         if classes is not None and len(classes) != num_classes:
             raise UserError(f'{where}: its description names {len(classes)} classes, but has num_classes={num_classes}')
         return cls(entry['model'], dict(entry['kwargs']), num_classes, entry['input_size'], classes,
-                   entry.get('data_set'))
+                   entry.get('data_set'), *(None if entry.get(name) is None else tuple(entry[name])
+                                            for name in ('mean', 'std')))
 
 
 def _check(name: str, value: Any, kind: _Kind, where: str) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from _quan_base import ActQ, named_quantizers
@@ -23,18 +22,13 @@ __all__ = ['adapt_full_precision', 'count_prefix_tokens', 'load_full_precision',
 _logger = logging.getLogger(__name__)
 
 
-def load_full_precision(model: nn.Module, checkpoint: dict, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-                        std: Sequence[float] = IMAGENET_DEFAULT_STD) -> list[str]:
+def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:
     """Starts a network from a checkpoint of DeiT, DeiT III, ViT or DINO: of another class count or resolution, with or
     without distillation, LayerScale, positions of the class token, or a head.
 
     Its quantizers are left uncalibrated. A quantized checkpoint is taken too, for a start with fewer bits (4 -> 3 ->
     2). Where it describes its network, the quantized weights are taken, because these are what that network computes
     with. Biases and IRM come with them, scales do not.
-
-    Args:
-        mean, std: with which the checkpoint's images were normalized, by colour from 0 to 1. The patch embedding is
-            made to compute the same from images that are normalized with ImageNet's, as all are here.
 
     Returns:
         What had to be adapted, a line each.
@@ -44,36 +38,9 @@ def load_full_precision(model: nn.Module, checkpoint: dict, mean: Sequence[float
             checkpoint computes what quantized ones do not (gated MLPs, normalized queries), or not with these options.
     """
     given, notes = _of_more_bits(checkpoint) if 'qvit' in checkpoint else (state_of(checkpoint), [])
-    if (tuple(mean), tuple(std)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        given = _renormalized(given, mean, std)
-        notes.append("the patch embedding takes over the images' other mean and deviation")
     state, adapted = _adapt(given, model)
     model.load_state_dict(state)
     return notes + adapted
-
-
-def _renormalized(state: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
-    """The weights that compute from x = (p - M) / S, with ImageNet's M and S, what these do from (p - mean) / std.
-
-    That is x S / std + (M - mean) / std: a factor for each colour, and what goes into the bias. Without one it goes
-    into the positions of the patches.
-    """
-    weight = state.get('patch_embed.proj.weight')
-    if weight is None or weight.ndim != 4 or weight.shape[1] != len(mean):
-        raise UserError(f'--finetune-mean and --finetune-std are of {len(mean)} colours: the checkpoint has no patch '
-                        'embedding of these')
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    mean, std, ours, spread = (torch.tensor(values).to(weight).view(-1, 1, 1) for values in (
-        mean, std, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    offset = (weight * ((ours - mean) / std)).sum((1, 2, 3))
-    changed = {'patch_embed.proj.weight': weight * (spread / std)}
-    if 'patch_embed.proj.bias' in state:
-        changed['patch_embed.proj.bias'] = state['patch_embed.proj.bias'] + offset
-    elif 'pos_embed' in state and state['pos_embed'].ndim == 3:
-        positions = state['pos_embed'].to(weight.dtype).clone()
-        positions[:, positions_of_prefix(positions.shape[1], count_prefix_tokens(state)):] += offset
-        changed['pos_embed'] = positions
-    return state | changed
 
 
 def _of_more_bits(checkpoint: dict) -> tuple[dict[str, Tensor], list[str]]:
@@ -94,7 +61,14 @@ def _of_more_bits(checkpoint: dict) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def adapt_full_precision(state: dict, model: nn.Module) -> dict[str, Tensor]:
-    """`load_full_precision` as a filter for timm's `pretrained=True`: the whole state_dict of the model."""
+    """`load_full_precision` as a filter for timm's `pretrained=True`: the whole state_dict of the model.
+
+    That of a quantized network, which timm reads from the hub by the same way, is left as it is.
+    """
+    own = model.state_dict()
+    if any(map(is_quantizer_entry, state)) and {name: value.shape for name, value in state.items()} == {
+            name: value.shape for name, value in own.items()}:
+        return state
     state, notes = _adapt(state_of(state), model)
     for note in notes:
         _logger.info(note)
@@ -109,6 +83,7 @@ def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor
     if any('.norm_q.' in name for name in given) and hasattr(model, 'quant') and not model.quant.irm:
         raise UserError('the checkpoint was made with irm=True: pass --model-kwargs irm=True')
     state = _usual_names({name: value for name, value in given.items() if not is_quantizer_entry(name)}, notes)
+    _adapt_channels(state, own, notes)
     check_shapes({name: value for name, value in state.items() if name in own and value.ndim != own[name].ndim}, own)
     if hasattr(model, 'quant'):
         _check_kind(state, own)
@@ -173,6 +148,16 @@ def _check_kind(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         raise UserError('the checkpoint normalizes all tokens, not their mean: pass --model-kwargs fc_norm=False')
     if 'cls_token' in own and 'cls_token' not in state and 'pos_embed' in state:
         raise UserError('the checkpoint has no class token: pass --model-kwargs class_token=False global_pool=avg')
+
+
+def _adapt_channels(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:
+    """Makes filters of colours those of grey images: their sum, by timm, which gives the same for a grey picture."""
+    name = 'patch_embed.proj.weight'
+    filters, wanted = state.get(name), own.get(name)
+    if (filters is not None and wanted is not None and filters.ndim == wanted.ndim == 4
+            and (filters.shape[1], wanted.shape[1]) == (3, 1)):
+        notes.append('the checkpoint is of colour images: its filters are summed up for grey ones')
+        state[name] = adapt_input_conv(1, filters)
 
 
 def _adapt_distillation(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:

@@ -6,32 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from checkpoints.networks import ModelInfo
 from deployment.predictor import Predictor
 from utils import UserError
 
-__all__ = ['Evaluated', 'agreement', 'check_classes', 'check_comparable', 'data_set_of', 'evaluate_classes',
-           'evenly_spread']
+__all__ = ['Evaluated', 'agreement', 'check_classes', 'check_comparable', 'evaluate_classes', 'evenly_spread']
 
 
 class Evaluated(NamedTuple):
     """An evaluation: the statistics, and the class that was predicted for every image, (n,)."""
     stats: dict[str, Any]
     classes: Tensor
-
-
-def data_set_of(path: str, info: ModelInfo, data_set: str | None, data_path: str | None) -> str:
-    """The data set to evaluate on: the one asked for, else that of the file, else the default of `data_path`.
-
-    Raises:
-        UserError: its images are not here.
-    """
-    chosen = data_set or info.data_set or ('DIGITS' if data_path is None else 'IMNET')
-    if chosen != 'DIGITS' and data_path is None:
-        raise UserError(f'{path} is of {chosen}: pass its --data-path')
-    return chosen
 
 
 def check_classes(path: str, info: ModelInfo, data_set: str, classes: list[str]) -> None:
@@ -51,6 +38,8 @@ def evenly_spread(dataset: Dataset, limit: int | None) -> Dataset:
     """At most `limit` images of the data set, evenly spread over it; all of them where it is None."""
     if limit is None or limit >= len(dataset):
         return dataset
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f'--limit {limit}: images that only come in the order of their reader cannot be picked')
     return Subset(dataset, [index * len(dataset) // limit for index in range(limit)])
 
 
@@ -75,6 +64,9 @@ def check_comparable(path: str, info: ModelInfo, other_path: str, other: ModelIn
     """Refuses to compare the networks of two files that do not take the same images to the same classes."""
     if (other.num_classes, other.input_size) != (info.num_classes, info.input_size):
         raise UserError(f'--checkpoint {other_path} has other classes or another image size than {path}')
+    if other.normalization != info.normalization:
+        raise UserError(f'--checkpoint {other_path} takes images of another mean, deviation or number of channels than '
+                        f'{path}')
 
 
 def agreement(one: Evaluated, other: Evaluated) -> str:

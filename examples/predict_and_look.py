@@ -27,13 +27,14 @@ def predict_and_look(image_file: str, network_file: str, model_name: str | None,
     figures = import_figures()
     figures.check_output(output)
     info, model, _ = open_network(network_file, model_name)
-    transform = build_transform(False, info.input_size, info.data_set or 'IMNET')
-    image = transform(read_picture(image_file))                            # (3, H, W), normalized
+    transform = build_transform(False, info.input_size, info.data_set or 'IMNET', normalization=info.normalization)
+    image = transform(read_picture(image_file))                            # (C, H, W), normalized
     with torch.inference_mode():
         for probability, name in likeliest(model, image, class_names(info), top=5):
             print(f'{probability:6.1%}  {name}')
         maps = class_token_maps(model, image[None], block=-1).numpy()      # (1, heads, rows, columns)
-    figures.save(figures.attention_figure(to_pictures(image[None]), {'attention': maps}, per_head=False), output)
+    pictures = to_pictures(image[None], info.normalization)
+    figures.save(figures.attention_figure(pictures, {'attention': maps}, per_head=False), output)
     print(f'-> {output}')
 
 

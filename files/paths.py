@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from utils import UserError
 
-__all__ = ['check_file', 'fault', 'open_regular', 'parse_json', 'read_text']
+__all__ = ['check_file', 'fault', 'is_folder', 'open_regular', 'parse_json', 'read_text']
 
 # What goes wrong outside the file that is read; other errors of the system follow from what stands in it.
 _OUTSIDE = {errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
@@ -37,6 +37,20 @@ def check_file(path: str | Path, said: str = '', kind: str = 'file') -> None:
         raise UserError(f'{said}: no such {kind}, it is a {"folder" if stat.S_ISDIR(mode) else "pipe or a device"}')
     if not os.access(path, os.R_OK):
         raise UserError(f'{said} cannot be read ({os.strerror(errno.EACCES)})')
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder at the path.
+
+    Raises:
+        UserError: that cannot be found out, because a folder above it may not be entered.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a null character
+        return False
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror})') from error
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -1,11 +1,13 @@
 """Data sets on small trees written by the tests: labels, transforms, users' mistakes, damaged files."""
 
 import json
+import os
 import pickle
 import re
 import shutil
 import warnings
 from collections import Counter
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -19,14 +21,25 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from datasets import DATASETS, Augmentation, ImageList, build_transform
+from datasets import (
+    DATASETS,
+    IMAGENET,
+    Augmentation,
+    ImageList,
+    Normalization,
+    Reading,
+    build_transform,
+    choose_data_set,
+    normalization,
+)
 from utils import UserError
 
 
-def build(is_train, data_set='IMNET', data_path=None, input_size=48, **options):
+def build(is_train, data_set='IMNET', data_path=None, input_size=48, num_classes=None, **reading):
     """The data set with DeiT's augmentation, and its number of classes."""
     transform = build_transform(is_train, input_size, data_set)
-    return datasets.build_dataset(is_train, data_set, data_path, transform, **options)
+    return datasets.build_dataset(is_train, data_set, data_path, transform, num_classes=num_classes,
+                                  reading=Reading(**reading))
 
 
 def write_image(path, seed=0, size=(60, 50)):
@@ -56,6 +69,19 @@ def imnet(tmp_path):
 
 def test_unknown_data_set_names_the_choices():
     user_error(lambda: build(True, 'MNIST'), "'MNIST'", *DATASETS)
+
+
+def test_the_data_set_is_that_of_the_flag_or_of_the_file():
+    assert choose_data_set('INAT', 'here', 'CIFAR10', 'f') == 'INAT'
+    assert choose_data_set(None, 'here', 'CIFAR10', 'f') == 'CIFAR10'
+    assert choose_data_set(None, 'here', None, 'f') == choose_data_set(None, 'here') == 'IMNET'
+    assert choose_data_set(None, None, None, 'f') == choose_data_set(None, None) == 'DIGITS'
+    assert choose_data_set('hfds/beans', None, 'DIGITS') == 'hfds/beans'
+    for asked, described, line in (
+            (None, 'CIFAR10', 'f is of CIFAR10: pass its --data-path'), ('INAT', 'DIGITS', 'INAT needs --data-path'),
+            (None, 'hfds/beans', 'f is of hfds/beans: pass its --data-set'), ('wds/a', None, 'wds/a needs --data-path'),
+            ('hfds/', None, "--data-set 'hfds/' is unknown: choose one of"), ('imnet', None, 'is unknown')):
+        user_error(lambda asked=asked, described=described: choose_data_set(asked, None, described, 'f'), line)
 
 
 # ImageNet folders
@@ -219,6 +245,42 @@ def test_wrong_augmentation_flags(flag, value):
     build_transform(False, 48, augmentation=augmentation)
 
 
+# Normalization
+
+
+def test_normalization_by_flags():
+    assert normalization() == IMAGENET == Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert normalization([0.5], [0.2, 0.3, 0.4]) == Normalization((0.5,) * 3, (0.2, 0.3, 0.4))
+    grey = normalization(in_chans=1)
+    np.testing.assert_allclose((*grey.mean, *grey.std),  # by the weights of a grey level
+                               (.299 * .485 + .587 * .456 + .114 * .406, .299 * .229 + .587 * .224 + .114 * .225),
+                               atol=5e-5)
+    assert normalization([0.5], None, 1) == Normalization((0.5,), grey.std)
+    user_error(lambda: normalization([0.5, 0.4]), '--mean 0.5 0.4: choose one value, or one for each of 3 colours')
+    user_error(lambda: normalization(None, [0.5] * 3, 1), '--std 0.5 0.5 0.5: choose one value, images are grey')
+    user_error(lambda: normalization(in_chans=4), 'the network takes 4 channels')
+
+
+@pytest.mark.parametrize('data_set', ['IMNET', 'DIGITS'])
+@pytest.mark.parametrize('by', [Normalization((0.5, 0.4, 0.3), (0.1, 0.2, 0.4)), Normalization((0.5,), (0.25,))])
+def test_images_are_normalized_as_told(data_set, by):
+    """A picture of one colour, which neither crops nor the policy of no augmentation change."""
+    picture, plain = Image.new('RGB', (60, 50), (200, 100, 50)), Augmentation(aa=None, color_jitter=0, reprob=0.)
+    colour = (200, 100, 50) if by.in_chans == 3 else (round(.299 * 200 + .587 * 100 + .114 * 50),)
+    expected = [(level / 255 - mean) / std for level, mean, std in zip(colour, by.mean, by.std, strict=True)]
+    for is_train in (False, True):
+        image = build_transform(is_train, 40, data_set, augmentation=plain, normalization=by)(picture)
+        assert image.shape == (by.in_chans, 40, 40)
+        np.testing.assert_allclose(image[:, 20, 20], expected, atol=1e-5)
+
+
+def test_all_augmentations_take_grey_images():
+    transform = build_transform(True, 40, augmentation=Augmentation(reprob=1.), normalization=normalization(in_chans=1))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    for _ in range(30):
+        assert transform(picture).shape == (1, 40, 40)
+
+
 # Digits
 
 
@@ -295,6 +357,30 @@ def test_cifar_that_cannot_be_had(monkeypatch, tmp_path, name, source):
     user_error(lambda: build(True, name, tmp_path), folder, 'incomplete')
 
 
+@pytest.mark.parametrize('what', ['folder', 'file'])
+def test_cifar_that_may_not_be_read_is_not_called_damaged(what, monkeypatch, tmp_path):
+    fake_cifar(monkeypatch, tmp_path, CIFAR10, [f'class {number}' for number in range(10)])
+    at = tmp_path / CIFAR10.base_folder / ('a' if what == 'file' else '')
+    real = {'folder': os.scandir, 'file': open}[what]
+
+    def refuse(path, *rest):
+        if Path(path) == at:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(*((os, 'scandir', refuse) if what == 'folder' else ('builtins.open', refuse)))
+    user_error(lambda: build(True, 'CIFAR10', tmp_path), f'{at} cannot be read (Permission denied)')
+
+
+def test_a_folder_behind_one_that_may_not_be_entered(monkeypatch, imnet):
+    def refuse(path, **_):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(os, 'stat', refuse)
+    for name in ('IMNET', 'INAT', 'CIFAR'):
+        user_error(lambda name=name: build(True, name, imnet), 'cannot be read (Permission denied)')
+
+
 # iNaturalist
 
 
@@ -340,6 +426,16 @@ def test_inat_categories(inat):
     dataset, _ = build(True, 'INAT', inat, inat_category='kingdom')
     assert [label for _, label in dataset.samples] == [0, 1, 0, 0]
     user_error(lambda: build(True, 'INAT', inat, inat_category='tribe'), "'tribe'", 'supercategory')
+
+
+def test_inat_names_are_text_that_a_checkpoint_holds(inat):
+    entries = json.loads((inat / 'categories.json').read_text())
+    entries[1]['name'] = 'a\x1b[2J\nb'
+    (inat / 'categories.json').write_text(json.dumps(entries))
+    assert build(True, 'INAT', inat)[0].classes == ['species 2', r'a\x1b[2J\nb', 'species 0']
+    entries[1]['name'] = 'x' * 201
+    (inat / 'categories.json').write_text(json.dumps(entries))
+    user_error(lambda: build(True, 'INAT', inat), "class 'xxxx", 'a name of 201 characters, at most 200 can be kept')
 
 
 def test_inat_mistakes(inat):

@@ -8,6 +8,7 @@ from argparse import Namespace
 import torch
 
 from checkpoints.descriptions import OPTIONS, check_options, check_registered
+from datasets import choose_data_set
 from files.paths import check_file
 from training.data import Mixing
 from training.optimizer import OptimizerConfig, check_optimizer
@@ -43,9 +44,6 @@ def _check_model(args: Namespace) -> None:
     for name in args.model_kwargs:
         _require(name in OPTIONS, f'--model-kwargs {name} is no option that a checkpoint could describe: '
                                   f'{closest(name, OPTIONS)}')
-    channels = args.model_kwargs.get('in_chans', 3)
-    _require(channels == 3, f'--model-kwargs in_chans={channels}: images of all data sets come with 3 channels, leave '
-                            'it out')
     frequencies = args.oscillation_freezing or []
     _require(len(frequencies) <= 2, f'--oscillation-freezing {" ".join(map(str, frequencies))}: choose one value '
                                     'between 0 and 1, or two')
@@ -79,19 +77,17 @@ def _can_compute(device: torch.device) -> bool:
 
 def _check_files(args: Namespace) -> None:
     """Looks at what the run starts from and reads."""
-    _require(args.data_set in (None, 'DIGITS') or args.data_path is not None, f'--data-set {args.data_set} needs '
-                                                                              '--data-path')
+    if args.data_set is not None:
+        choose_data_set(args.data_set, args.data_path)
     _require(not args.eval or bool(args.resume or args.finetune), '--eval needs --resume, the checkpoint to evaluate, '
              'or --finetune, full-precision weights to calibrate')
     # With --resume auto, --finetune is how the run starts, and the same command line continues it.
-    _require(bool(args.finetune) or not (args.finetune_mean or args.finetune_std), '--finetune-mean and '
-             '--finetune-std are of the weights of --finetune: name them')
     _require(args.resume in ('', 'auto') or not args.finetune, '--resume continues a run and --finetune starts one: '
                                                                'choose one')
     _require(not (args.resume and args.start_epoch), '--start_epoch: the checkpoint of --resume says the epoch')
     _require(args.resume != 'auto' or bool(args.output_dir), '--resume auto looks into --output_dir: name it')
     for flag, path in (('--resume', args.resume), ('--finetune', args.finetune), ('--teacher-path', args.teacher_path),
-                       ('--soft-labels', args.soft_labels)):
+                       ('--soft-labels', args.soft_labels), ('--class-map', args.class_map)):
         if path and path != 'auto' and not path.startswith('https://'):
             check_file(path, f'{flag} {path}')
 
@@ -128,7 +124,11 @@ def _check_training(args: Namespace) -> None:
     if args.warmup_epochs >= args.epochs:
         print(f'warning: --warmup-epochs {args.warmup_epochs} is all of --epochs: the learning rate stays '
               'below --lr')
-    _require(not args.model_ema_force_cpu or args.model_ema, '--model-ema-force-cpu needs --model-ema')
+    for flag in ('force_cpu', 'warmup'):
+        _require(args.model_ema or not getattr(args, f'model_ema_{flag}'),
+                 f'--model-ema-{flag.replace("_", "-")} needs --model-ema')
+    _require(not (args.freeze and (args.oscillation_dampening or args.oscillation_freezing)),
+             f'--freeze {args.freeze} keeps the weights as they are: leave --oscillation-... out')
     _require(not pick(Mixing, vars(args)).active or args.batch_size % 2 == 0,
              f'--batch-size {args.batch_size}: mixup and cutmix need an even one')
     _require('adahessian' not in args.opt.lower(), '--opt adahessian needs second derivatives, which quantizers do not '

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 import yaml
 
 from checkpoints.descriptions import LARGEST_IMAGE, MOST_CLASSES, shown
+from datasets import DATASETS, INAT_CATEGORIES
 from files.paths import read_text
+from files.readers import READERS
 from utils import UserError, closest
 
-__all__ = ['HelpFormatter', 'bits', 'class_count', 'config_flags', 'crop_ratio', 'exponent', 'few', 'frequency',
-           'image_size', 'non_negative', 'non_negative_int', 'positive', 'positive_int', 'seed', 'share',
-           'share_above_0', 'workers']
+__all__ = ['HelpFormatter', 'add_data_arguments', 'bits', 'class_count', 'config_flags', 'crop_ratio', 'exponent',
+           'few', 'frequency', 'image_size', 'non_negative', 'non_negative_int', 'positive', 'positive_int', 'seed',
+           'share', 'share_above_0', 'workers']
 
 T = TypeVar('T', int, float)
 SMALLEST, LARGEST = 1e-30, 1e30  # of real numbers: single precision holds their squares no longer
@@ -75,6 +77,29 @@ crop_ratio = number(float, 'a value above 0, from 0.05 to 1', lambda value: 0.05
 share_above_0 = number(float, 'a value above 0 and up to 1', lambda value: SMALLEST <= value <= 1)
 share = number(float, 'a value from 0 to 1', lambda value: 0 <= value <= 1)
 frequency = number(float, 'one value between 0 and 1, or two', lambda value: 0 < value < 1)
+
+
+def add_data_arguments(add: Callable[..., argparse.Action], data_set: str) -> None:
+    """Adds the flags that say where images come from and how they are read, the same for all commands.
+
+    Args:
+        data_set: what is taken without --data-set, for its help.
+    """
+    add('--data-path', metavar='DIR', help='folder of the data set')
+    add('--data-set', metavar='NAME', help=f'{", ".join(DATASETS)}, or, by timm\'s readers, '
+        f'{", ".join(f"{prefix}/..." for prefix in READERS)}; {data_set}')
+    add('--inat-category', default='name', metavar='NAME', help=', '.join(INAT_CATEGORIES) + '; (default: %(default)s)')
+    add('--class-map', metavar='FILE', help='names of the classes, one a line, in the order of their labels; others '
+        'are left out of folders')
+    add('--train-split', default='train', metavar='NAME', help="a reader's name of the training part")
+    add('--val-split', default='validation', metavar='NAME', help="a reader's name of the evaluation part")
+    add('--input-key', metavar='NAME', help="a reader's name of the image")
+    add('--target-key', metavar='NAME', help="a reader's name of the label")
+    add('--mean', type=share, nargs='+', metavar='M', help="mean of the pixels, from 0 to 1, one value or one for "
+        "each colour; ImageNet's unless given")
+    add('--std', type=positive, nargs='+', metavar='S', help='their standard deviation')
+    add('--exif-orientation', action='store_true', help="turn the data set's images as their cameras were held; "
+        'single pictures always are')
 
 
 # --- files of --config ------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import freeze
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from _quan_base import is_calibrated
+from _quan_base import is_calibrated, named_quantizers
 from calibration.closed_form import calibrate_to_full_precision
 from calibration.first_batch import calibrate
 from calibration.reconstruction import Reconstruction, reconstruct
@@ -24,9 +25,11 @@ from models import Teacher, is_quantized
 from training.data import Mixing
 from utils import UserError, rng_states, set_rng_state
 
-__all__ = ['CALIBRATIONS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
-           'check_same_classes', 'settle_buckets', 'settle_dgd_weight', 'wrap']
+__all__ = ['CALIBRATIONS', 'FREEZINGS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
+           'check_same_classes', 'checkpoint_gradients', 'freeze_all_but', 'settle_buckets', 'settle_dgd_weight',
+           'wrap']
 
+FREEZINGS = ('all-but-quantizers', 'all-but-heads')
 CALIBRATIONS = {'published': 64, 'mse': 64, 'reconstruct': 1000}  # with the images that each takes unless told
 
 
@@ -100,21 +103,22 @@ def calibrate_student(student: nn.Module, images: Tensor, calibration: str,
 # --- the teacher ------------------------------------------------------------------------------------------------------
 
 
-def build_teacher(name: str | None, path: str | None, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+def build_teacher(name: str | None, path: str | None, num_classes: int, input_size: int, data_set: str,
+                  in_chans: int = 3) -> nn.Module:
     """The network to learn from.
 
     Args:
         name: timm's; None where the file says it.
         path: of its checkpoint; None or '' for timm's pretrained weights.
-        num_classes, input_size, data_set: those of the run, which it has to fit.
+        num_classes, input_size, data_set, in_chans: those of the run, which it has to fit.
 
     Raises:
         UserError: its weights cannot be had, or it is for other images or classes.
     """
     if path:
-        teacher = _teacher_from_file(name, path, num_classes, input_size, data_set)
+        teacher = _teacher_from_file(name, path, num_classes, input_size, data_set, in_chans)
     else:
-        teacher = _pretrained_teacher(name, num_classes, input_size, data_set)
+        teacher = _pretrained_teacher(name, num_classes, input_size, data_set, in_chans)
     if not is_calibrated(teacher):
         raise UserError(f'--teacher-model {name} is quantized and not calibrated: choose a full-precision one')
     return teacher
@@ -126,13 +130,14 @@ def _check_classes(teacher: str, teacher_classes: int, num_classes: int, data_se
                         'teacher of this data set')
 
 
-def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size: int, data_set: str, in_chans: int,
+                       ) -> nn.Module:
     checkpoint = read_checkpoint(path)
     if 'qvit' in checkpoint:
-        return _described_teacher(name, path, checkpoint, num_classes, input_size, data_set)
+        return _described_teacher(name, path, checkpoint, num_classes, input_size, data_set, in_chans)
     if name is None:
         raise UserError(f'--teacher-path {path} does not say which network it holds: name it with --teacher-model')
-    teacher = create_network(name, num_classes, input_size, what='--teacher-model')
+    teacher = create_network(name, num_classes, input_size, what='--teacher-model', **_channels(in_chans))
     head = state_of(checkpoint).get('head.weight')
     if head is not None:
         _check_classes(path, len(head), num_classes, data_set)
@@ -145,25 +150,33 @@ def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size
 
 
 def _described_teacher(name: str | None, path: str, checkpoint: dict[str, Any], num_classes: int, input_size: int,
-                       data_set: str) -> nn.Module:
+                       data_set: str, in_chans: int) -> nn.Module:
     info = network_info(path, checkpoint)
     if name not in (None, info.model):
         raise UserError(f'--teacher-model {name}, but {path} is of {info.model}: leave the flag out')
     if info.input_size != input_size:
         raise UserError(f'the teacher {path} is for --input-size {info.input_size}, not {input_size}')
     _check_classes(path, info.num_classes, num_classes, data_set)
+    if info.normalization.in_chans != in_chans:
+        raise UserError(f'the teacher {path} takes {info.normalization.in_chans} channels, the network {in_chans}: '
+                        'choose one of the same images')
     teacher = create_network(info.model, info.num_classes, info.input_size, what=f'{path}:', **info.kwargs)
     load_quantized(teacher, checkpoint)
     return teacher
 
 
-def _pretrained_teacher(name: str, num_classes: int, input_size: int, data_set: str) -> nn.Module:
+def _channels(in_chans: int) -> dict[str, int]:
+    return {} if in_chans == 3 else {'in_chans': in_chans}
+
+
+def _pretrained_teacher(name: str, num_classes: int, input_size: int, data_set: str, in_chans: int) -> nn.Module:
     published = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise UserError(f'--teacher-model {name} has no published weights: give its checkpoint with --teacher-path')
     _check_classes(name, published.num_classes, num_classes, data_set)
     try:
-        return create_network(name, num_classes, input_size, what='--teacher-model', pretrained=True)
+        return create_network(name, num_classes, input_size, what='--teacher-model', pretrained=True,
+                              **_channels(in_chans))
     except UserError:
         raise
     except Exception as error:  # whatever the hub's and the network's libraries raise where there is no connection
@@ -229,6 +242,42 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
     if teacher is not None:
         watched = Teacher(teacher, return_qk=distillation.dgd_weight > 0, return_tokens=compares_tokens)
     return DistillationLoss(base, watched, distillation, getattr(student, 'num_prefix_tokens', 1), stored_labels)
+
+
+# --- what is trained, and how -----------------------------------------------------------------------------------------
+
+
+def freeze_all_but(model: nn.Module, kept: str) -> None:
+    """Leaves nothing to be trained but 'quantizers', their scales and zero points, or 'heads'.
+
+    Raises:
+        UserError: the network has none.
+    """
+    if kept == 'heads':
+        named = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'head'
+        names = {named, 'head_dist'} if isinstance(named, str) else {*named}
+        trained = [parameter for name, module in model.named_modules() if name in names
+                   for parameter in module.parameters()]
+    else:
+        trained = [parameter for _, quantizer in named_quantizers(model)
+                   for name, parameter in quantizer.named_parameters(recurse=False) if name in ('alpha', 'zero_point')]
+    if not trained:
+        raise UserError(f'--freeze all-but-{kept}: {type(model).__name__} has none')
+    freeze(model, include_bn_running_stats=False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Lets the network compute its blocks again in the backward, instead of keeping what they computed.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError) as error:
+        raise UserError(f'--grad-checkpointing: timm has none for {type(model).__name__}, leave it out') from error
 
 
 # --- what is called in training ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from analysis.logs import parse_epoch
 from analysis.model_card import write_model_card
 from checkpoints.networks import ModelInfo
+from files.samples import first_images
 from training.diagnostics import Diagnostics, warning_lines
 from training.state import Training
 from utils import MetricLogger, UserError, write_whole_text
@@ -94,8 +95,8 @@ class RunRecord:
         self.batches, self.images_per_batch, self.flags, self.defaults = batches, images_per_batch, flags, defaults
         keep_log_before(folder / 'log.txt', training.epoch)
         self.writer = _event_writer(folder / 'tensorboard', self._batches_so_far + 1)
-        images = [dataset[index][0] for index in range(min(DIAGNOSED_IMAGES, len(dataset)))]
-        self.diagnostics = Diagnostics(training.model, torch.stack(images).to(training.device), training.methods)
+        images = first_images(dataset, DIAGNOSED_IMAGES)
+        self.diagnostics = Diagnostics(training.model, images.to(training.device), training.methods)
 
     @property
     def _batches_so_far(self) -> int:

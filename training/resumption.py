@@ -1,5 +1,6 @@
 """How a training run goes on from a checkpoint, and what it says of the parts that it cannot take."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,13 +29,15 @@ class Position:
 
 
 def resume(training: Training, checkpoint: dict[str, Any], position: Position, optimizer: OptimizerConfig,
-           schedule: ScheduleConfig, ranks: Ranks, batches: int, native_kernels: bool | None = None) -> list[str]:
+           schedule: ScheduleConfig, ranks: Ranks, batches: int, native_kernels: bool | None = None,
+           is_stream: bool = False) -> list[str]:
     """Continues from a checkpoint, whose network must have been loaded: takes what it says of the rest of the state.
 
     Args:
         position, optimizer, schedule: those of this run, to be compared with what the checkpoint says of its own.
         batches: how many an epoch of this run has.
         native_kernels: whether its quantizers run in C++; None for either.
+        is_stream: its images can only be read from the first of an epoch on.
 
     Returns:
         What could not be taken, a line each.
@@ -48,7 +51,10 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
     is_own = 'qvit' in checkpoint
     other_optimizer = _changed({'opt': optimizer.opt}, saved) if is_own else FOREIGN
     other_schedule = _changed(asdict(schedule), saved) if is_own else FOREIGN
-    return [*_resume_position(training, checkpoint, _changed(asdict(position), saved), ranks, batches),
+    notes = _resume_position(training, checkpoint, _changed(asdict(position), saved), ranks, batches, is_stream)
+    training.updates = (training.epoch * math.ceil(batches / position.grad_accum_steps)
+                        + math.ceil(training.batches_done / position.grad_accum_steps))
+    return [*notes,
             *_resume_kernels(native_kernels, saved),
             *_resume_optimizer(training, checkpoint.get('optimizer'), other_optimizer),
             *_resume_schedule(training, other_schedule, batches),
@@ -60,9 +66,10 @@ def resume(training: Training, checkpoint: dict[str, Any], position: Position, o
 
 def resume_and_say(path: str, training: Training, checkpoint: dict[str, Any], position: Position,
                    optimizer: OptimizerConfig, schedule: ScheduleConfig, ranks: Ranks, batches: int,
-                   native_kernels: bool | None = None) -> None:
+                   native_kernels: bool | None = None, is_stream: bool = False) -> None:
     """`resume` from the checkpoint of that path; says what could not be taken, and where the run goes on."""
-    for note in resume(training, checkpoint, position, optimizer, schedule, ranks, batches, native_kernels):
+    for note in resume(training, checkpoint, position, optimizer, schedule, ranks, batches, native_kernels,
+                       is_stream):
         print(f'{path}: {note}')
     if training.epoch >= schedule.epochs + schedule.cooldown_epochs:
         print(f'{path}: all {training.epoch} epochs are done, a larger --epochs would go on')
@@ -77,11 +84,15 @@ def _changed(flags: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 
 def _resume_position(training: Training, checkpoint: dict[str, Any], changed: list[str], ranks: Ranks,
-                     batches: int) -> list[str]:
+                     batches: int, is_stream: bool) -> list[str]:
     training.batches_done = checkpoint.get('step', 0)
     training.epoch = checkpoint.get('epoch', -1) + (training.batches_done == 0)
     training.max_accuracy = checkpoint.get('max_accuracy', training.max_accuracy)
     within = checkpoint.get('within_epoch')
+    if is_stream and 0 < training.batches_done < (within or {}).get('batches', batches):
+        done, training.batches_done = training.batches_done, 0
+        return [f'step: {done} batches of epoch {training.epoch} were done, which begins anew: its images cannot be '
+                'skipped']
     # Where only the evaluation is due, other ranks would take up no batch in the middle.
     if within and training.batches_done == within['batches'] and changed in ([], ['--world-size']):
         training.batches_done = batches

@@ -25,10 +25,14 @@ __all__ = ['Averaging', 'CheckpointFolder', 'Training', 'build_training']
 
 @dataclass(frozen=True)
 class Averaging:
-    """Whether and how the weights are averaged over time, and where the average lies."""
+    """Whether and how the weights are averaged over time, and where the average lies.
+
+    With `model_ema_warmup` the decay rises to its value by the number of updates, as timm's `ModelEmaV3` has it.
+    """
     model_ema: bool = False
     model_ema_decay: float = 0.99996
     model_ema_force_cpu: bool = False
+    model_ema_warmup: bool = False
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Training:
         max_accuracy: best top-1 so far, in percent; below 0 before the first evaluation.
         progress: share of the run that is done, in [0, 1], for what changes by the update.
         skipped: updates of this epoch that were skipped because gradients overflowed in half precision.
+        updates: since the run began, skipped ones included.
         meters: what the log says of this epoch's batches so far, as sums over those of this rank.
     """
 
@@ -59,6 +64,7 @@ class Training:
     max_accuracy: float = -1.
     progress: float = field(default=0., init=False)
     skipped: int = field(default=0, init=False)
+    updates: int = field(default=0, init=False)
     meters: dict[str, tuple[float, int]] = field(default_factory=dict, init=False)
     _skipped_in_a_row: int = field(default=0, init=False)
 
@@ -97,8 +103,9 @@ class Training:
         clamp_steps_(self.model)
         for method in self.methods:
             method.after_update(self.progress)
+        self.updates += 1
         if self.ema is not None:
-            self.ema.update(self.model)
+            self.ema.update(self.model, self.updates if self.ema.use_warmup else None)
         self.schedule.after_update(self.epoch + share_of_epoch)
 
     def _count_skipped(self, is_skipped: bool) -> None:
@@ -161,7 +168,8 @@ def build_training(model: nn.Module, device: torch.device, optimizer: OptimizerC
     built = build_optimizer(optimizer, model)
     ema = None
     if averaging is not None and averaging.model_ema:
-        ema = ModelEmaV3(model, averaging.model_ema_decay, device='cpu' if averaging.model_ema_force_cpu else None)
+        ema = ModelEmaV3(model, averaging.model_ema_decay, use_warmup=averaging.model_ema_warmup,
+                         device='cpu' if averaging.model_ema_force_cpu else None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == 'fp16')
     training = Training(model, built, Schedule(schedule, built, seed), scaler, ema, device, methods, start_epoch)
     training.schedule.begin_epoch(start_epoch)

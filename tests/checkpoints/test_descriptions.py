@@ -136,6 +136,10 @@ HOSTILE = [
     ('classes=', changed(classes='0123456789')), ('classes=', changed(classes=[0] * 10)),
     (r'\x1b', changed(classes=['\x1b]0;title\x07'] + CLASSES[:9])), ('classes=', changed(classes=['a' * 10 ** 6] * 10)),
     *(('data_set=', changed(data_set=value)) for value in ('IM\nNET', ['IMNET'], 7, 'a' * 10 ** 6)),
+    # The normalization of its images.
+    *((f'{name}=', changed(**{name: value})) for name in ('mean', 'std') for value in (
+        0.5, [], [0.5] * 2, ['0.5'], [True], [-0.1], [float('nan')], [10 ** 400], '0.5')),
+    ('std=', changed(std=[0.])),
     # The whole.
     *((f'lacks {name}', without(name)) for name in ('model', 'kwargs', 'num_classes', 'input_size')),
     *((f'kwargs={value!r}', changed(kwargs=value)) for value in (None, [], 'depth=2', 3)),

@@ -9,23 +9,12 @@ from deployment.evaluation import (
     agreement,
     check_classes,
     check_comparable,
-    data_set_of,
     evaluate_classes,
     evenly_spread,
 )
 from utils import UserError
 
 INFO = ModelInfo('any', num_classes=2, input_size=32, classes=['a', 'b'], data_set='CIFAR10')
-
-
-def test_the_data_set_is_that_of_the_flag_or_of_the_file():
-    unnamed = ModelInfo('any')
-    assert data_set_of('f', INFO, 'INAT', 'here') == 'INAT'
-    assert data_set_of('f', INFO, None, 'here') == 'CIFAR10'
-    assert data_set_of('f', unnamed, None, 'here') == 'IMNET'
-    assert data_set_of('f', unnamed, None, None) == 'DIGITS'
-    with pytest.raises(UserError, match='f is of CIFAR10: pass its --data-path'):
-        data_set_of('f', INFO, None, None)
 
 
 def test_classes_are_compared(capsys):

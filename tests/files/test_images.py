@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def test_every_reader_uses_the_one_loader(tmp_path):
     exif[0x0112] = 6
     picture().transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'x.png', exif=exif)
     for skip in (True, False):
-        assert same(ImageList([(str(tmp_path / 'x.png'), 0)], ['x'], lambda image: image, skip)[0][0], picture())
+        for upright, expected in ((True, picture()), (False, picture().transpose(Image.Transpose.ROTATE_90))):
+            images = ImageList([(str(tmp_path / 'x.png'), 0)], ['x'], lambda image: image, skip, upright)
+            assert same(images[0][0], expected)
     assert same(read_picture(tmp_path / 'x.png'), picture())
 
 
@@ -66,6 +69,66 @@ def test_16_bits_of_grey_are_scaled_to_8(suffix, tmp_path):
 def test_other_modes_are_those_of_pillow(mode, tmp_path):
     picture().convert(mode).save(tmp_path / 'x.png')
     assert same(load_image(tmp_path / 'x.png'), Image.open(tmp_path / 'x.png').convert('RGB'))
+
+
+@pytest.mark.parametrize(('levels', 'expected'), [
+    ([[0., .2, 1.]], [[0, 51, 255]]), ([[0., 100., 200.]], [[0, 128, 255]]), ([[-1., 0., 3.]], [[0, 64, 255]]),
+    ([[.2, .4, .4]], [[51, 102, 102]]), ([[float('nan'), 1., .2]], [[0, 255, 51]]), ([[7., 7., 7.]], [[255, 255, 255]]),
+    ([[-3e38, 0., float('inf')]], [[0, 128, 255]])])
+def test_real_grey_levels_are_scaled(levels, expected, tmp_path):
+    Image.fromarray(np.array(levels, dtype=np.float32)).save(tmp_path / 'x.tif')
+    assert np.asarray(load_image(tmp_path / 'x.tif'))[..., 1].tolist() == expected
+
+
+def transparent(kind: str) -> tuple[Image.Image, dict]:
+    """A red pixel, beside one that is clear, and one that is half so where the kind has it."""
+    rgba = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 0, 0], [255, 0, 0, 128]]], dtype=np.uint8))
+    if kind == 'RGBA':
+        return rgba, {}
+    if kind == 'LA':
+        return rgba.convert('LA'), {}
+    if kind == 'RGB':  # one colour stands for clear
+        return rgba.convert('RGB'), {'transparency': (0, 0, 0)}
+    palette = Image.fromarray(np.array([[0, 1, 0]], dtype=np.uint8), 'P')
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    return palette, {'transparency': 1}
+
+
+@pytest.mark.filterwarnings('ignore:.*mode.*:DeprecationWarning')
+@pytest.mark.parametrize('kind', ['RGBA', 'LA', 'RGB', 'P'])
+def test_what_is_clear_is_white(kind, tmp_path):
+    image, options = transparent(kind)
+    image.save(tmp_path / 'x.png', **options)
+    red, clear, half = np.asarray(load_image(tmp_path / 'x.png'))[0].tolist()
+    assert clear == [255, 255, 255] and red == ([76] * 3 if kind == 'LA' else [255, 0, 0])
+    assert half == {'RGBA': [255, 127, 127], 'LA': [165] * 3}.get(kind, red)
+
+
+@pytest.mark.parametrize('suffix', ['gif', 'webp', 'tif', 'png'])
+def test_of_an_animation_the_first_picture_counts(suffix, tmp_path):
+    first, *others = (Image.new('RGB', (6, 4), colour) for colour in ('red', 'blue', 'white'))
+    first.save(tmp_path / f'x.{suffix}', save_all=True, append_images=others,
+               **({'lossless': True} if suffix == 'webp' else {}))
+    assert same(load_image(tmp_path / f'x.{suffix}'), first)
+
+
+def test_images_of_too_many_pixels_are_refused_and_large_ones_are_read(tmp_path, monkeypatch):
+    Image.new('RGB', (30, 20)).save(tmp_path / 'x.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 299)
+    with pytest.raises(UserError, match='x.png has 600 pixels, more than 598 are not read: scale it down'):
+        read_picture(tmp_path / 'x.png')
+    with pytest.raises(UserError, match='x.png has 600 pixels'):
+        ImageList([(str(tmp_path / 'x.png'), 0)], ['x'], lambda image: image, False)[0]
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert load_image(tmp_path / 'x.png').size == (30, 20)
+
+
+def test_an_opened_file_is_read_and_closed(tmp_path):
+    picture().save(tmp_path / 'x.png')
+    with open(tmp_path / 'x.png', 'rb') as file:
+        assert same(load_image(file), picture()) and file.closed
 
 
 def test_only_raster_formats_are_opened(tmp_path, monkeypatch):
@@ -116,10 +179,13 @@ def build(data):
     return build_dataset(True, 'IMNET', data, lambda image: image)[0]
 
 
-def test_hidden_folders_are_no_classes(data):
+@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '@eaDir', '__MACOSX', '$RECYCLE.BIN'])
+def test_hidden_folders_are_no_classes(name, data):
     for place in ('train', 'val', 'train/one'):
-        (data / place / '.ipynb_checkpoints').mkdir()
-        picture().save(data / place / '.ipynb_checkpoints' / '0.png')
+        (data / place / name).mkdir()
+        picture().save(data / place / name / '0.png')
+    for name in ('train/.DS_Store', 'train/one/.DS_Store', 'train/one/._0.png'):
+        (data / name).write_bytes(b'no image')
     dataset = build(data)
     assert dataset.classes == ['one', 'two'] and len(dataset) == 2
 

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from datasets import normalized
+from datasets import IMAGENET, Normalization, normalized
 from files.paths import fault
 from losses import SoftLabels
 from utils import RunError, UserError, printable, write_whole
@@ -47,8 +47,9 @@ def top_k(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return indices.to(torch.int32), values.half()
 
 
-def take_crop(image: Image.Image, box: list[int], flip: bool, size: int, interpolation: str) -> Tensor:
-    """The crop as networks take it, normalized, (3, size, size).
+def take_crop(image: Image.Image, box: list[int], flip: bool, size: int, interpolation: str,
+              by: Normalization = IMAGENET) -> Tensor:
+    """The crop as networks take it, normalized, (C, size, size).
 
     Args:
         box: top, left, height, width in pixels of the image.
@@ -56,7 +57,7 @@ def take_crop(image: Image.Image, box: list[int], flip: bool, size: int, interpo
         interpolation: 'bilinear' or 'bicubic'.
     """
     image = functional.resized_crop(image, *box, [size, size], transforms.InterpolationMode(interpolation))
-    return transforms.Compose(normalized())(functional.hflip(image) if flip else image)
+    return transforms.Compose(normalized(by))(functional.hflip(image) if flip else image)
 
 
 def raw_image(image: Image.Image) -> Image.Image:
@@ -160,17 +161,18 @@ def _wrong_tensor(boxes: Tensor, flips: Tensor, indices: Tensor, values: Tensor)
 
 
 class StoredCrops(Dataset):
-    """A data set's images as their stored crops: an item is one of them, (3, size, size), and its `SoftLabels`.
+    """A data set's images as their stored crops: an item is one of them, (C, size, size), and its `SoftLabels`.
 
     Args:
         base: the data set that the labels are of; from here on it gives raw images.
         size: height and width of the images in training.
+        by: their normalization.
 
     Raises:
         UserError: the labels are of other images, or of another size.
     """
 
-    def __init__(self, base: Dataset, stored: StoredLabels, size: int) -> None:
+    def __init__(self, base: Dataset, stored: StoredLabels, size: int, by: Normalization = IMAGENET) -> None:
         origin = stored.origin
         if len(base) != len(stored.values) or origin['fingerprint'] != fingerprint(base):
             raise UserError(f'--soft-labels are of {len(stored.values)} other images than the {len(base)} here: write '
@@ -181,7 +183,7 @@ class StoredCrops(Dataset):
         if int(origin['input_size']) != size:
             raise UserError(f'--soft-labels are for --input-size {origin["input_size"]}, not {size}')
         base.transform = raw_image
-        self.base, self.stored, self.size = base, stored, size
+        self.base, self.stored, self.size, self.normalization = base, stored, size, by
         self.transform = None  # calibration sets one for a while, to see whole images instead of crops
 
     @property
@@ -201,5 +203,5 @@ class StoredCrops(Dataset):
         if left + width > image.width or top + height > image.height:
             raise UserError(f'--soft-labels have a crop outside of image {index}: write them anew with soft_labels.py')
         pixels = take_crop(image, box, bool(stored.flips[index, crop]), self.size,
-                           stored.origin['interpolation'])
+                           stored.origin['interpolation'], self.normalization)
         return pixels, SoftLabels(torch.tensor(label), stored.indices[index, crop], stored.values[index, crop])
