@@ -6,6 +6,8 @@
     python cost.py --checkpoint out/best_checkpoint.pth --packed model.qvit.safetensors
     python cost.py --model fourbits_deit_tiny_patch16_224 --manifest        every tensor of the forward with its bits
     python cost.py --model fourbits_deit_small_patch16_224 --countings      the same network by other conventions
+    python cost.py --sensitivity --checkpoint deit_tiny.pth --model fourbits_deit_tiny_patch16_224 --data-path DIR
+                                                    what each tensor costs in accuracy when it alone is quantized
 """
 from __future__ import annotations
 
@@ -13,16 +15,27 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch.nn as nn
 
 from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
+from analysis.images import stacked
 from analysis.precision import analyse, manifest
+from analysis.sensitivity import sensitivity
+from calibration.closed_form import check_kind
 from checkpoints.descriptions import check_options
-from checkpoints.networks import create_network, open_checkpoint, read_network
+from checkpoints.full_precision import load_full_precision
+from checkpoints.networks import create_network, network_info, open_checkpoint, read_network
+from datasets import choose_data_set
 from files.paths import check_file
-from training.flags import bits, class_count, image_size
+from training.data import build_eval_dataset, source_of
+from training.flags import add_data_arguments, bits, class_count, crop_ratio, image_size, positive_int
 from utils import Parser, UserError, entry_point, key_value, write_whole_text
+from visualize import import_figures
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -43,6 +56,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     which.add_argument('--per-layer', action='store_true', help='a row for each product of the forward')
     which.add_argument('--manifest', action='store_true', help='a row for each tensor of the forward, with its bits')
     which.add_argument('--countings', action='store_true', help='the ratio by several conventions')
+    which.add_argument('--sensitivity', action='store_true', help='a row for each kind of tensor, a column for each '
+                       "block: divergence from full precision's outputs, in thousandths of a nat, where it "
+                       'alone is quantized; of a --checkpoint of full precision, for the quantized --model')
+    images = parser.add_argument_group('images of --sensitivity; labels are not used')
+    add_data_arguments(images.add_argument, 'IMNET with --data-path, else DIGITS')
+    images.add_argument('--num-images', type=positive_int, default=64, help='of the evaluation part (default: 64)')
+    images.add_argument('--eval-crop-ratio', type=crop_ratio, default=0.875, help='0.875, unless given')
+    images.add_argument('--picture', type=Path, metavar='FILE', help='the same as a picture, .png or .pdf')
     add('--format', default='table', choices=('table', 'markdown', 'json', 'csv'), help='json and csv hold raw numbers '
         '(default: table)')
     add('--output', metavar='FILE', help='instead of standard output')
@@ -58,11 +79,22 @@ def check_args(args: argparse.Namespace) -> None:
     check_options(dict(args.model_kwargs))
     if args.checkpoint is None and not args.model:
         raise UserError('nothing to count: name networks with --model, or give a --checkpoint')
+    if args.sensitivity and (args.checkpoint is None or len(args.model) != 1 or args.packed):
+        raise UserError('--sensitivity is of the full-precision weights of a --checkpoint, in one quantized --model')
+    if args.picture is not None:
+        if not args.sensitivity:
+            raise UserError('--picture is one of --sensitivity')
+        import_figures().check_output(args.picture)
     if args.packed is None:
         return
     if len(args.model) > 1 or args.per_layer or args.manifest or args.countings:
         raise UserError('--packed adds a column to the row of one network: name one, without another report')
     check_file(args.packed, f'--packed {args.packed}')
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    precision = {name: getattr(args, name) for name in ('weight_bits', 'act_bits') if getattr(args, name) is not None}
+    return dict(args.model_kwargs) | precision
 
 
 def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
@@ -71,8 +103,7 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
     Raises:
         UserError: a network cannot be built, or a file does not hold the one that the flags say.
     """
-    precision = {name: getattr(args, name) for name in ('weight_bits', 'act_bits') if getattr(args, name) is not None}
-    kwargs = dict(args.model_kwargs) | precision
+    kwargs = _options(args)
     if args.checkpoint is None:
         return [(name, create_network(name, args.num_classes or 1000, args.input_size or 224, **kwargs))
                 for name in args.model]
@@ -85,8 +116,39 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
     return [(opened.info.model, opened.model)]
 
 
+def measure_sensitivity(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """By kind of tensor, what it costs in each block when it alone is quantized, see `analysis.sensitivity`.
+
+    Raises:
+        UserError: the file is no full-precision start of the network, or its images are not here.
+    """
+    kwargs, checkpoint = _options(args), read_network(args.checkpoint)
+    held = network_info(args.checkpoint, checkpoint, None if 'qvit' in checkpoint else args.model[0], kwargs,
+                        args.input_size)
+    info = replace(held, model=args.model[0], kwargs=kwargs)
+    model = create_network(info.model, info.num_classes, info.input_size, **kwargs)
+    check_kind(model)
+    for note in load_full_precision(model, checkpoint):
+        print(f'{args.checkpoint}: {note}', file=sys.stderr)
+    data_set = choose_data_set(args.data_set, args.data_path, held.data_set, args.checkpoint)
+    source = source_of(info, vars(args) | {'data_set': data_set})
+    return sensitivity(model, stacked(build_eval_dataset(source, info.num_classes), args.num_images))
+
+
+def sensitivity_rows(args: argparse.Namespace) -> list[Row]:
+    found = measure_sensitivity(args)
+    if args.picture is not None:
+        figures = import_figures()
+        figures.save(figures.sensitivity_figure(found), args.picture)
+    return [{'tensor': name, 'all': round(1000 * values.sum(), 1)}
+            | {f'{block}': round(1000 * value, 1) for block, value in enumerate(values)}
+            for name, values in found.items()]
+
+
 def rows(args: argparse.Namespace) -> list[Row]:
     """The report that the flags ask for; with several networks its rows say which of them they are of."""
+    if args.sensitivity:
+        return sensitivity_rows(args)
     named = networks(args)
     if not (args.per_layer or args.manifest or args.countings):
         packed = os.stat(args.packed).st_size if args.packed else None

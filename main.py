@@ -147,11 +147,13 @@ def get_args_parser() -> ArgumentParser:
 
     add = parser.add_argument_group('calibration').add_argument
     add('--calibration', choices=CALIBRATIONS, help='published: steps by the first batch; mse: steps, '
-        'weights, IRM fitted to the full-precision network, layer by layer; reconstruct: blocks learn by gradient '
-        'after that; unless given, mse with --finetune (reconstruct with --eval, too), else published')
+        'weights, IRM fitted to the full-precision network, layer by layer; reconstruct: blocks and network learn '
+        'by gradient after that; unless given, mse with --finetune (reconstruct with --eval, too), else published')
     add('--calibration-images', type=flags.positive_int, help='training images, without labels: 64 for mse and 1000 '
         'for reconstruct, unless given')
-    add('--calibration-epochs', default=3, type=flags.positive_int, help='of reconstruct: how often a block sees them')
+    add('--calibration-epochs', default=1, type=flags.positive_int, help='of reconstruct: how often a block sees them')
+    add('--calibration-tuning', default=4, type=flags.non_negative_int, metavar='EPOCHS', help='of reconstruct: how '
+        'often the network as a whole then sees views of them')
 
     group = parser.add_argument_group('data and evaluation')
     add = group.add_argument
@@ -308,7 +310,8 @@ def calibrate_student(args: Namespace, model: nn.Module, dataset: SeededSamples,
         images = data.calibration_images(dataset, source_of(args), count, args.seed)
     if args.calibration is None:
         print(f'--calibration {calibration}: {len(images)} images')
-    networks.calibrate_student(model, images, calibration, Reconstruction(args.calibration_epochs, seed=args.seed),
+    networks.calibrate_student(model, images, calibration,
+                               Reconstruction(args.calibration_epochs, args.calibration_tuning, seed=args.seed),
                                Path(args.output_dir) / 'calibration.pth' if args.output_dir else None)
 
 

@@ -18,7 +18,7 @@ from analysis.codes import CodeStatistics, Distribution
 from utils import UserError, write_whole
 
 __all__ = ['SUFFIXES', 'attention_figure', 'check_output', 'codes_figure', 'curves_figure', 'distance_figure',
-           'qk_figure', 'save']
+           'qk_figure', 'save', 'sensitivity_figure']
 
 SUFFIXES = ('.png', '.pdf')
 STYLE = {
@@ -226,6 +226,34 @@ def _draw_side(ax: Axes, panel: Sequence[CodeStatistics], most_clipped: float) -
     upper.set(xlim=(0, most_clipped), xticks=[0, most_clipped], xticklabels=['0', f'{most_clipped:.0%}'])
     upper.spines.top.set_visible(True)
     return [bars, crosses]
+
+
+@rc_context(STYLE)
+def sensitivity_figure(found: Mapping[str, np.ndarray]) -> Figure:
+    """A cell for each tensor (rows, named as in `codes_figure`) and block: the divergence that it alone brings about.
+
+    Colours follow the square root, which leaves small differences visible.
+
+    Args:
+        found: as `analysis.sensitivity.sensitivity` gives it, in nats.
+    """
+    titles = {name: title for names, kinds in zip(KINDS, KIND_TITLES, strict=True)
+              for name, title in zip(names, kinds, strict=True)}
+    values = 1000 * np.array(list(found.values()))
+    rows, blocks = values.shape
+    figure = Figure((WIDTH, 0.8 + 0.22 * rows), layout='constrained')
+    ax = figure.subplots()
+    scale = PowerNorm(0.5, 0, max(values.max(), 1e-9))
+    image = ax.imshow(values, norm=scale, aspect='auto')
+    for row, column in np.ndindex(rows, blocks):
+        is_bright = scale(values[row, column]) > 0.5
+        ax.text(column, row, f'{values[row, column]:.1f}', ha='center', va='center', fontsize=6,
+                color='black' if is_bright else 'white')
+    ax.set(xticks=range(blocks), xlabel='block', yticks=range(rows), yticklabels=[titles[name] for name in found])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    figure.colorbar(image, ax=ax, label='KL divergence (1/1000 nat)')
+    return figure
 
 
 @rc_context(STYLE)

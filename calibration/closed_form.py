@@ -38,7 +38,7 @@ from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError, take_from_rank_0
 
 __all__ = ['calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compensate_rounding',
-           'fit_block', 'fit_embedding', 'fit_heads', 'ridge_fit', 'synchronize']
+           'fit_activation', 'fit_block', 'fit_embedding', 'fit_heads', 'ridge_fit', 'synchronize']
 
 # Both in units of the inputs' mean variance. The ridge of a layer is the one whose fit to most of the images serves the
 # others best. Few bits need little, for the weights to make up for rounding errors, but less than 1 fits 64 images
@@ -54,7 +54,7 @@ EXTREMES, FINE = 32, 6
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def _fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor | None = None) -> Tensor:
+def fit_activation(act: ActQ, x: Tensor, channel_axis: int = -1, shift: Tensor | None = None) -> Tensor:
     """Fits `act` to x, by SAMPLES and EXTREMES of each channel where it has more; returns x_hat.
 
     Args:
@@ -193,7 +193,7 @@ def _fit_linear(layer: LinearQ, x: Tensor, target: Tensor, norm: nn.LayerNorm | 
         norm: what x comes from; its bias is moved to where the codes fit best, which the layer's bias makes up for.
     """
     shift = None if norm is None else torch.zeros_like(layer.act.alpha)
-    x_hat = _fit_activation(layer.act, x, shift=shift)
+    x_hat = fit_activation(layer.act, x, shift=shift)
     if norm is not None:
         norm.bias.add_(shift)
     weight, x_hat, target = layer.weight.double(), x_hat.double(), target.double()
@@ -220,6 +220,8 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
         has_irm: whether the full-precision network contains IRM.
     """
     attn, x_full, x = block.attn, block.norm1(stream_full), block.norm1(stream)
+    if attn.quantize_attn:
+        _spread_values_alike(attn, x_full)
     irm = isinstance(attn.norm_q, nn.LayerNorm)
     out_full, q, k = full_precision_attention(attn, x_full, has_irm)
     if irm and not has_irm:
@@ -232,11 +234,25 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
         fit_layer_norm(attn.norm_k, raw_k, k)
     q, k = attn.norm_q(raw_q), attn.norm_k(raw_k)
     if attn.quantize_attn:
-        q, k, v = _fit_activation(attn.q_act, q, 1), _fit_activation(attn.k_act, k, 1), _fit_values(attn, v)
-        out = _fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1) @ v
+        q, k, v = fit_activation(attn.q_act, q, 1), fit_activation(attn.k_act, k, 1), _fit_values(attn, v)
+        out = fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out_full, _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), out_full + stream_full - stream)
+
+
+def _spread_values_alike(attn: QAttention, x: Tensor) -> None:
+    """Gives the channels of v in a head the same deviation, so that one scale serves all; `proj` takes them back.
+
+    Args:
+        x: the input of the attention in full precision, (B, N, dim).
+    """
+    values = slice(2 * attn.num_heads * attn.head_dim, None)
+    deviation = F.linear(x, attn.qkv.weight[values]).flatten(0, 1).std(0).view(attn.num_heads, -1)
+    spread = (deviation / deviation.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1e-3).flatten()
+    attn.qkv.weight[values] /= spread[:, None]
+    attn.qkv.bias[values] /= spread
+    attn.proj.weight *= spread
 
 
 def _fit_values(attn: QAttention, v: Tensor) -> Tensor:
@@ -244,7 +260,7 @@ def _fit_values(attn: QAttention, v: Tensor) -> Tensor:
     bias = attn.qkv.bias.view(3, attn.num_heads, attn.head_dim)[2]
     bias -= v.mean((0, 2))
     v, shift = v - v.mean((0, 2), keepdim=True), torch.zeros_like(attn.v_act.alpha)
-    v_hat = _fit_activation(attn.v_act, v, 1, shift)
+    v_hat = fit_activation(attn.v_act, v, 1, shift)
     bias += shift[:, None]
     return v_hat
 
@@ -262,7 +278,7 @@ def fit_block(block: QBlock, x_full: Tensor, x: Tensor, has_irm: bool) -> tuple[
 
 def _fit_edge(layer: LinearQ | Conv2dQ, x: Tensor, channel_axis: int = -1) -> None:
     """Scales of least squared error for a layer of 8 bits, whose weights stay as they are."""
-    _fit_activation(layer.act, x, channel_axis)
+    fit_activation(layer.act, x, channel_axis)
     layer.set_qparams(weight_scales(layer.weight.flatten(1), *layer.code_range))
 
 

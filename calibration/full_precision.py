@@ -39,13 +39,14 @@ class FullPrecision:
 
     Attributes:
         has_irm: whether it is.
+        model: what holds the copies; its blocks are computed by `block`.
         depth: number of blocks.
         num_prefix_tokens: number of tokens before the patches.
     """
 
     def __init__(self, model: QVisionTransformer) -> None:
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        conv = self._model.patch_embed.proj
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        conv = self.model.patch_embed.proj
         conv.forward = partial(nn.Conv2d.forward, conv)
         self.depth, self.num_prefix_tokens = len(model.blocks), model.num_prefix_tokens
         norms = [norm for block in model.blocks for norm in (block.attn.norm_q, block.attn.norm_k)]
@@ -53,15 +54,15 @@ class FullPrecision:
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> tokens, (B, N, dim)."""
-        return self._model.embed(images)
+        return self.model.embed(images)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """The output of a block, (B, N, dim)."""
-        return full_precision_block(self._model.blocks[index], x, self.has_irm)
+        return full_precision_block(self.model.blocks[index], x, self.has_irm)
 
     def head(self, x: Tensor) -> Tensor:
         """The last block's output -> logits, (B, classes): the mean of the heads', or of their inputs without heads."""
-        heads, inputs = self._model.heads, self._model.head_inputs(self._model.norm(x))
+        heads, inputs = self.model.heads, self.model.head_inputs(self.model.norm(x))
         return sum(full_precision(head, given) if isinstance(head, LinearQ) else given
                    for head, given in zip(heads, inputs, strict=True)) / len(heads)
 

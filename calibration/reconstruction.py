@@ -1,17 +1,19 @@
-"""Calibration by block-wise reconstruction: each block learns, without labels, to give what full precision gives.
+"""Calibration by reconstruction: blocks, then the network, learn without labels to give what full precision gives.
 
 After its closed forms (`calibration.closed_form`) all of a block learns by gradient: weights, biases, LayerNorms,
 scales and zero points. Its inputs are those of the network that is quantized so far, its target is the full-precision
 network's stream behind the block, so that it also makes up for what the blocks before it have lost (block-wise
 reconstruction: Li et al., BRECQ, ICLR 2021, arXiv 2102.05426).
 
-What an error costs is told by `calibration.importance`.
+What an error costs is told by `calibration.importance`. At the end the whole network learns the class probabilities of
+the full-precision one (Hinton et al., arXiv 1503.02531). Each time it sees another view of an image: from the images
+themselves it would learn what holds for them alone.
 """
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from _quan_base import LinearQ, clamp_steps_, named_quantizers
@@ -27,6 +30,7 @@ from calibration.closed_form import check_kind, fit_block, fit_embedding, fit_he
 from calibration.full_precision import FullPrecision
 from calibration.importance import fisher_information, information_root, weighted_error
 from calibration.twins import halve_attention_to_twins
+from calibration.views import view_of
 from checkpoints.files import read_checkpoint, write_checkpoint
 from quant_vision_transformer import QBlock, QVisionTransformer
 from utils import MetricLogger, UserError, take_from_rank_0
@@ -34,23 +38,27 @@ from utils import MetricLogger, UserError, take_from_rank_0
 __all__ = ['Reconstruction', 'reconstruct']
 
 FITTED = 128  # images of the closed forms, and of the Fisher information
-HELD_OUT = 1 / 8  # of the images: a block that gets no better on them keeps its closed forms
+HELD_OUT = 1 / 8  # of the images: what gets no better on them is undone
 # Learning rates of Adam: of weights and scales in units of the mean scale of their quantizer, of zero points in codes,
 # of biases and LayerNorms in units of their mean size, or 0.1.
 RATES = {'weight': 0.01, 'scale': 0.005, 'zero_point': 0.01, 'other': 0.001}
+WHOLE = 0.3  # of these rates, for the network as a whole
 CHUNK = 32  # images at a time where nothing is learned
+KEPT_EVERY = 25  # updates of the network as a whole
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How long and on what a block learns.
+    """How long blocks and network learn.
 
     Attributes:
         epochs: how often a block sees each image.
-        batch_size: images of an update.
-        seed: of the order of the images, and of the labels that the network draws.
+        tuning: how often the network as a whole then sees a view of each image.
+        batch_size: images of an update of a block; of the network twice as many.
+        seed: of the order of the images, their views, and the labels that the network draws.
     """
-    epochs: int = 3
+    epochs: int = 1
+    tuning: int = 4
     batch_size: int = 8
     seed: int = 0
 
@@ -77,16 +85,19 @@ def _parameter_groups(block: QBlock) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _learning(block: QBlock) -> Iterator[None]:
-    """Lets the quantizers of a block learn, while nothing is dropped."""
-    drop, block.mlp.fc2.drop = block.mlp.fc2.drop, 0.
-    for _, quantizer in named_quantizers(block):
-        quantizer.training = True
+def _learning(blocks: Sequence[QBlock]) -> Iterator[None]:
+    """Lets the quantizers of blocks learn, while nothing is dropped."""
+    drops = [block.mlp.fc2.drop for block in blocks]
+    for block in blocks:
+        block.mlp.fc2.drop = 0.
+        for _, quantizer in named_quantizers(block):
+            quantizer.training = True
     try:
         yield
     finally:
-        block.mlp.fc2.drop = drop
-        block.eval()
+        for block, drop in zip(blocks, drops, strict=True):
+            block.mlp.fc2.drop = drop
+            block.eval()
 
 
 @torch.no_grad()
@@ -94,47 +105,82 @@ def _through(block: QBlock, x: Tensor) -> Tensor:
     return torch.cat([block(chunk) for chunk in x.split(CHUNK)])
 
 
-def _refine(block: QBlock, x: Tensor, target: Tensor, root: Tensor, config: Reconstruction, seed: int,
-            logger: MetricLogger) -> None:
-    """Lets a block learn to turn x into the target, both (images, N, dim)."""
-    split = _learned_from(len(x))
-    start = {name: value.clone() for name, value in block.state_dict().items()}
+class _Learner:
+    """Blocks that learn, and how far they are.
 
-    def held_out_error() -> float:
-        return weighted_error(_through(block, x[split:]) - target[split:], root).item()
+    Attributes:
+        batches: indices of the images of each update.
+        rate: in units of RATES.
+        update: how many are done.
+    """
 
-    before = held_out_error()
-    optimizer = torch.optim.Adam(_parameter_groups(block), betas=(0.9, 0.99))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(split, generator=generator) for _ in range(config.epochs)])
-    batches = order.split(config.batch_size)
-    with _learning(block), torch.enable_grad():
-        for update, drawn in enumerate(batches):
-            share = min(1., (update + 1) / 20) * (1 + math.cos(math.pi * update / len(batches))) / 2
-            for group in optimizer.param_groups:
-                group['lr'] = share * group['initial_lr']
-            drawn = drawn.to(x.device)
-            loss = weighted_error(block(x[drawn]) - target[drawn], root)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            clamp_steps_(block)
-            logger.update(error=loss.detach())
-            if logger.end_batch() and update < len(batches) - 1:
-                logger.read()
-                logger.print_line()
-    optimizer.zero_grad()
-    after = held_out_error()
+    def __init__(self, blocks: Sequence[QBlock], images: int, epochs: int, batch_size: int, seed: int, rate: float = 1.,
+                 ) -> None:
+        groups = [group for block in blocks for group in _parameter_groups(block)]
+        for group in groups:
+            group['initial_lr'] *= rate
+        generator = torch.Generator().manual_seed(seed)
+        order = [torch.randperm(images, generator=generator) for _ in range(epochs)]
+        self.batches = torch.cat([torch.empty(0, dtype=torch.int64), *order]).split(batch_size) if epochs else ()
+        self.blocks, self.optimizer, self.update = blocks, torch.optim.Adam(groups, betas=(0.9, 0.99)), 0
+
+    def learn(self, loss_of: Callable[[int, Tensor], Tensor], logger: MetricLogger, last: int) -> None:
+        """Updates until `last` of them are done. loss_of: number of the update and indices of its images -> loss."""
+        count = len(self.batches)
+        with _learning(self.blocks), torch.enable_grad():
+            while self.update < last:
+                share = min(1., (self.update + 1) / 20) * (1 + math.cos(math.pi * self.update / count)) / 2
+                for group in self.optimizer.param_groups:
+                    group['lr'] = share * group['initial_lr']
+                loss = loss_of(self.update, self.batches[self.update])
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                for block in self.blocks:
+                    clamp_steps_(block)
+                self.update += 1
+                logger.update(error=loss.detach())
+                if logger.end_batch() and self.update < count:
+                    logger.read()
+                    logger.print_line()
+        self.optimizer.zero_grad()
+
+
+def _keep_better(module: nn.Module, start: dict[str, Tensor], before: float, after: float, logger: MetricLogger,
+                 ) -> None:
+    """Takes back what was learned, unless the held-out images have less error for it; says so."""
     if not after < before:  # also where it is NaN
-        block.load_state_dict(start)
+        module.load_state_dict(start)
         after = before
     logger.update(held_out_before=before, held_out_after=after)
     logger.read()
     logger.print_line()
 
 
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def _refine(block: QBlock, x: Tensor, target: Tensor, root: Tensor, config: Reconstruction, seed: int,
+            logger: MetricLogger) -> None:
+    """Lets a block learn to turn x into the target, both (images, N, dim)."""
+    split = _learned_from(len(x))
+
+    def held_out_error() -> float:
+        return weighted_error(_through(block, x[split:]) - target[split:], root).item()
+
+    def loss_of(update: int, drawn: Tensor) -> Tensor:
+        drawn = drawn.to(x.device)
+        return weighted_error(block(x[drawn]) - target[drawn], root)
+
+    start, before = _copied(block), held_out_error()
+    learner = _Learner([block], split, config.epochs, config.batch_size, seed)
+    learner.learn(loss_of, logger, len(learner.batches))
+    _keep_better(block, start, before, held_out_error(), logger)
+
+
 def _learned_from(images: int) -> int:
-    """How many of the images a block learns from; the others are held out."""
+    """How many of the images are learned from; the others are held out."""
     return images - max(1, round(HELD_OUT * images))
 
 
@@ -172,28 +218,67 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     halve_attention_to_twins(model, fitted)
     full = FullPrecision(model)
     information = fisher_information(full, fitted, config.seed)
-    done = _resume(model, progress, key)
-    if not done:
+    kept = _Progress(model, progress, key)
+    if not kept.blocks:
         fit_embedding(model, fitted)
     embedded = [(full.embed(chunk), model.embed(chunk))
                 for chunk in (part.to(device) for part in images.split(CHUNK))]
     x_full, x = (torch.cat(parts) for parts in zip(*embedded, strict=True))
     updates = math.ceil(config.epochs * _learned_from(len(images)) / config.batch_size)
-    logger = MetricLogger('Calibration:', full.depth * updates, max(1, updates // 4), device, done * updates)
+    logger = MetricLogger('Calibration:', full.depth * updates, max(1, updates // 4), device, kept.blocks * updates)
     for index, block in enumerate(model.blocks):
         target = torch.cat([full.block(index, chunk) for chunk in x_full.split(CHUNK)])
-        if index >= done:
+        if index >= kept.blocks:
             fit_block(block, x_full[:FITTED], x[:FITTED], full.has_irm)
             _refine(block, x, target, information_root(information[index], x.shape[1]), config,
                     config.seed * full.depth + index, logger)
             synchronize(block)
-            _keep(model, progress, key, index + 1)
+            if index == full.depth - 1:
+                fit_heads(model, _through(block, x[:FITTED]))
+            kept.keep(index + 1)
         x_full, x = target, _through(block, x)
-    fit_heads(model, x[:FITTED])
+    _tune(model, full, images, x[_learned_from(len(images)):], x_full[_learned_from(len(images)):], config, kept)
     synchronize(model)
     model.train(was_training)
-    if progress is not None and _is_first():
-        progress.unlink(missing_ok=True)
+    kept.remove()
+
+
+def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, x: Tensor, x_full: Tensor,
+          config: Reconstruction, kept: _Progress) -> None:
+    """Lets the network as a whole learn the full-precision network's class probabilities.
+
+    Args:
+        x, x_full: the last block's output of the held-out images, in both networks.
+    """
+    split, device = _learned_from(len(images)), model.pos_embed.device
+    learner = _Learner(model.blocks, split, config.tuning, 2 * config.batch_size, config.seed, WHOLE)
+    count = len(learner.batches)
+    if not count:
+        return
+    logger = MetricLogger('Tuning:', count, KEPT_EVERY, device, kept.update)
+
+    def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+        return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction='batchmean')
+
+    def loss_of(update: int, drawn: Tensor) -> Tensor:
+        views = view_of(images[drawn], config.seed * count + update).to(device)
+        with torch.no_grad():
+            stream = full.embed(views)
+            for index in range(full.depth):
+                stream = full.block(index, stream)
+            wanted = full.head(stream)
+        return divergence(model(views), wanted)
+
+    def held_out_error() -> float:
+        return divergence(torch.cat([model(chunk.to(device)) for chunk in images[split:].split(CHUNK)]),
+                          full.head(x_full)).item()
+
+    start, before = _copied(model), held_out_error()
+    kept.continue_learning(learner)
+    while learner.update < count:
+        learner.learn(loss_of, logger, min(learner.update + KEPT_EVERY, count))
+        kept.keep(full.depth, learner)
+    _keep_better(model, start, before, held_out_error(), logger)
 
 
 # --- an interrupted calibration ---------------------------------------------------------------------------------------
@@ -211,21 +296,51 @@ def _fingerprint(model: nn.Module, images: Tensor, config: Reconstruction) -> st
     return found.hexdigest()
 
 
-def _keep(model: nn.Module, progress: Path | None, key: str, blocks: int) -> None:
-    if progress is not None and _is_first():
-        progress.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint({'calibration': key, 'blocks': blocks, 'model': model.state_dict()}, progress)
+class _Progress:
+    """The file of an interrupted calibration, if any: finished blocks, then the updates of the whole network.
 
+    Attributes:
+        blocks: how many are finished; the network then has their state, on all ranks.
+        update: how many of the network as a whole are done.
+    """
 
-def _resume(model: nn.Module, progress: Path | None, key: str) -> int:
-    """How many blocks are finished; the network gets their state where there are any, on all ranks."""
-    blocks = torch.zeros(1, dtype=torch.int64, device=model.pos_embed.device)
-    if progress is not None and _is_first() and progress.is_file():
-        kept = read_checkpoint(progress)
-        if kept.get('calibration') == key:
-            model.load_state_dict(kept['model'])
-            blocks.fill_(kept['blocks'])
-            print(f'{progress}: {kept["blocks"]} of {len(model.blocks)} blocks are calibrated already')
-    take_from_rank_0(blocks)
-    synchronize(model)
-    return int(blocks)
+    def __init__(self, model: QVisionTransformer, path: Path | None, key: str) -> None:
+        self.model, self.path, self.key = model, path, key
+        self.finished, self.tuned = {}, {}
+        place = torch.zeros(2, dtype=torch.int64, device=model.pos_embed.device)
+        if path is not None and _is_first() and path.is_file():
+            held = read_checkpoint(path)
+            if held.get('calibration') == key:
+                self.finished, self.tuned = held['model'], held['tuned']
+                model.load_state_dict(self.finished)
+                place[0], place[1] = held['blocks'], self.tuned.get('update', 0)
+                print(f'{path}: {held["blocks"]} of {len(model.blocks)} blocks are calibrated already')
+        take_from_rank_0(place)
+        synchronize(model)
+        self.blocks, self.update = place.tolist()
+
+    def keep(self, blocks: int, learner: _Learner | None = None) -> None:
+        """Notes finished blocks, or with a learner the place of what the network learns as a whole."""
+        if self.path is None or not _is_first():
+            return
+        if learner is None:
+            self.finished = _copied(self.model)
+        else:
+            self.finished = self.finished or _copied(self.model)
+            self.tuned = {'update': learner.update, 'model': self.model.state_dict(),
+                          'optimizer': learner.optimizer.state_dict()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint({'calibration': self.key, 'blocks': blocks, 'model': self.finished, 'tuned': self.tuned},
+                         self.path)
+
+    def continue_learning(self, learner: _Learner) -> None:
+        """Brings network and learner to where the file has them."""
+        if self.tuned:
+            self.model.load_state_dict(self.tuned['model'])
+            learner.optimizer.load_state_dict(self.tuned['optimizer'])
+        learner.update = self.update
+        synchronize(self.model)
+
+    def remove(self) -> None:
+        if self.path is not None and _is_first():
+            self.path.unlink(missing_ok=True)

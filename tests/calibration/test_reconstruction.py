@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import TINY, run
 from torch import nn
 
@@ -215,9 +216,53 @@ def test_an_interrupted_calibration_continues_to_the_same_result(monkeypatch, tm
 
 
 @pytest.mark.slow
+def test_interrupted_tuning_continues_to_the_same_result(monkeypatch, tmp_path, capsys):
+    net, images, progress = float_network(), torch.randn(32, 3, 32, 32), tmp_path / 'calibration.pth'
+    config = Reconstruction(tuning=8)  # 14 updates of 16 images
+    monkeypatch.setattr(reconstruction, 'KEPT_EVERY', 5)
+    whole, interrupted, again = student(net), student(net), student(net)
+    reconstruct(whole, images, config)
+    view_of, calls = reconstruction.view_of, []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return view_of(*args)
+
+    monkeypatch.setattr(reconstruction, 'view_of', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(interrupted, images, config, progress)
+    monkeypatch.setattr(reconstruction, 'view_of', lambda *args: calls.append(args) or view_of(*args))
+    calls.clear()
+    reconstruct(again, images, config, progress)
+    assert '2 of 2 blocks are calibrated already' in capsys.readouterr().out and not progress.exists()
+    assert len(calls) == 14 - 5
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize('is_better', [True, False])
+def test_tuning_is_kept_where_held_out_images_gain(is_better, monkeypatch, capsys):
+    net, images = float_network(), torch.randn(64, 3, 32, 32)
+    before, after = student(net), student(net)
+    reconstruct(before, images, Reconstruction(tuning=0))
+    monkeypatch.setattr(reconstruction, 'WHOLE', 0.1 if is_better else 1000.)
+    reconstruct(after, images, Reconstruction(tuning=20))
+    same = [torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items()]
+    assert all(same) is not is_better
+
+    def error(model):
+        with torch.no_grad():
+            return F.kl_div(model(images[56:]).log_softmax(-1), net(images[56:]).log_softmax(-1), log_target=True)
+    if is_better:
+        assert error(after) < error(before)
+
+
+@pytest.mark.slow
 def test_the_progress_of_other_images_is_not_taken(tmp_path, capsys):
     net, progress = float_network(), tmp_path / 'calibration.pth'
-    reconstruction._keep(student(net), progress, 'of another calibration', 1)
+    reconstruction._Progress(student(net), progress, 'of another calibration').keep(1)
     reconstruct(student(net), torch.randn(32, 3, 32, 32), Reconstruction(epochs=1), progress)
     assert 'calibrated already' not in capsys.readouterr().out
 

@@ -1,0 +1,90 @@
+"""What each tensor of a network costs when it alone is quantized: where the accuracy of a low-bit network goes."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from _quan_base import ActQ, LinearQ, named_quantizers
+from calibration.closed_form import check_kind, fit_activation
+from calibration.full_precision import FullPrecision, heads_of
+from calibration.scales import weight_scales
+from ops import clipped_gelu
+from quant_vision_transformer import QBlock, QVisionTransformer
+
+__all__ = ['sensitivity']
+
+CHUNK = 32  # images at a time
+
+
+@torch.no_grad()
+def sensitivity(model: QVisionTransformer, images: Tensor) -> dict[str, np.ndarray]:
+    """The divergence from full precision that every quantizer of the blocks brings about alone.
+
+    A quantizer gets the scales of least squared error for what it meets in full precision, and nothing makes up for its
+    rounding. The figures say which tensors are delicate, not how accurate a calibrated network will be.
+
+    Args:
+        model: holds full-precision weights; not changed.
+        images: (B, C, H, W).
+
+    Returns:
+        By the quantizer's name within a block, in the order of the forward, (blocks,): the mean KL divergence, in nats,
+        of the class probabilities from those of full precision.
+
+    Raises:
+        UserError: a network of another kind.
+    """
+    check_kind(model)
+    full, device = FullPrecision(model), model.cls_token.device
+    streams = [torch.cat([full.embed(chunk.to(device)) for chunk in images.split(CHUNK)])]
+    for index in range(full.depth):
+        streams.append(_onwards(full, streams[-1], index, index + 1))
+    reference = full.head(streams[-1]).log_softmax(-1)
+    found = {}
+    for index, block in enumerate(full.model.blocks):
+        quantizers = dict(named_quantizers(block))
+        for name in sorted(quantizers, key=_ORDER.index):
+            changed = _block_with_one(block, streams[index], quantizers[name], full.has_irm)
+            logits = full.head(_onwards(full, changed, index + 1, full.depth))
+            divergence = F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction='batchmean')
+            found.setdefault(name, np.zeros(full.depth))[index] = divergence.item()
+    return found
+
+
+_ORDER = ('attn.qkv.act', 'attn.qkv', 'attn.q_act', 'attn.k_act', 'attn.attn_act', 'attn.v_act', 'attn.proj.act',
+          'attn.proj', 'mlp.fc1.act', 'mlp.fc1', 'mlp.fc2.act', 'mlp.fc2')
+
+
+def _onwards(full: FullPrecision, x: Tensor, first: int, last: int) -> Tensor:
+    """x through the blocks from `first` up to `last`, in full precision."""
+    for index in range(first, last):
+        x = torch.cat([full.block(index, chunk) for chunk in x.split(CHUNK)])
+    return x
+
+
+def _block_with_one(block: QBlock, x: Tensor, wanted: nn.Module, has_irm: bool) -> Tensor:
+    """The output of a block in which `wanted`, one of its quantizers, is the only one."""
+    def act(quantizer: ActQ, values: Tensor) -> Tensor:
+        return fit_activation(quantizer, values, 1 if values.ndim == 4 else -1) if quantizer is wanted else values
+
+    def linear(layer: LinearQ, values: Tensor) -> Tensor:
+        weight = layer.weight
+        if layer is wanted:
+            layer.set_qparams(weight_scales(weight, *layer.code_range))
+            weight = layer.quantized_weight()
+        return F.linear(act(layer.act, values), weight, layer.bias)
+
+    attn, mlp = block.attn, block.mlp
+    q, k, v = heads_of(attn, linear(attn.qkv, block.norm1(x)))
+    if has_irm:
+        q, k = attn.norm_q(q), attn.norm_k(k)
+    if attn.quantize_attn:
+        q, k, v = act(attn.q_act, q), act(attn.k_act, k), act(attn.v_act, v)
+        out = act(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1)) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    x = x + block.ls1(linear(attn.proj, out.transpose(1, 2).flatten(2)))
+    return x + block.ls2(linear(mlp.fc2, clipped_gelu(linear(mlp.fc1, block.norm2(x)))))
