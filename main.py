@@ -147,13 +147,13 @@ def get_args_parser() -> ArgumentParser:
 
     add = parser.add_argument_group('calibration').add_argument
     add('--calibration', choices=CALIBRATIONS, help='published: steps by the first batch; mse: steps, '
-        'weights, IRM fitted to the full-precision network, layer by layer; reconstruct: blocks and network learn '
-        'by gradient after that; unless given, mse with --finetune (reconstruct with --eval, too), else published')
+        'weights, IRM fitted to the full-precision network, layer by layer; reconstruct: blocks learn by gradient '
+        'after that; unless given, mse with --finetune (reconstruct with --eval, too), else published')
     add('--calibration-images', type=flags.positive_int, help='training images, without labels: 64 for mse and 1000 '
         'for reconstruct, unless given')
-    add('--calibration-epochs', default=1, type=flags.positive_int, help='of reconstruct: how often a block sees them')
-    add('--calibration-tuning', default=4, type=flags.non_negative_int, metavar='EPOCHS', help='of reconstruct: how '
-        'often the network as a whole then sees views of them')
+    add('--calibration-epochs', default=2, type=flags.positive_int, help='of reconstruct: how often a block sees them')
+    add('--calibration-tuning', default=3, type=flags.non_negative_int, metavar='EPOCHS', help='of reconstruct: how '
+        'often the later blocks together then see views of them')
 
     group = parser.add_argument_group('data and evaluation')
     add = group.add_argument

@@ -5,9 +5,9 @@ scales and zero points. Its inputs are those of the network that is quantized so
 network's stream behind the block, so that it also makes up for what the blocks before it have lost (block-wise
 reconstruction: Li et al., BRECQ, ICLR 2021, arXiv 2102.05426).
 
-What an error costs is told by `calibration.importance`. At the end the whole network learns the class probabilities of
-the full-precision one (Hinton et al., arXiv 1503.02531). Each time it sees another view of an image: from the images
-themselves it would learn what holds for them alone.
+What an error costs is told by `calibration.importance`. At the end the later half of the blocks learns, all together,
+to give the class probabilities of the full-precision network (Hinton et al., arXiv 1503.02531). Each time they see
+another view of an image: from the images themselves they would learn what holds for them alone.
 """
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ HELD_OUT = 1 / 8  # of the images: what gets no better on them is undone
 # Learning rates of Adam: of weights and scales in units of the mean scale of their quantizer, of zero points in codes,
 # of biases and LayerNorms in units of their mean size, or 0.1.
 RATES = {'weight': 0.01, 'scale': 0.005, 'zero_point': 0.01, 'other': 0.001}
-WHOLE = 0.3  # of these rates, for the network as a whole
+TUNING_RATE = 0.3  # of these rates, for blocks that learn together
 CHUNK = 32  # images at a time where nothing is learned
-KEPT_EVERY = 25  # updates of the network as a whole
+KEPT_EVERY = 25  # updates of blocks that learn together
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How long blocks and network learn.
+    """How long blocks learn.
 
     Attributes:
         epochs: how often a block sees each image.
-        tuning: how often the network as a whole then sees a view of each image.
-        batch_size: images of an update of a block; of the network twice as many.
+        tuning: how often the later blocks together then see a view of each image.
+        batch_size: images of an update of one block; of the later blocks together twice as many.
         seed: of the order of the images, their views, and the labels that the network draws.
     """
-    epochs: int = 1
-    tuning: int = 4
+    epochs: int = 2
+    tuning: int = 3
     batch_size: int = 8
     seed: int = 0
 
@@ -144,6 +144,20 @@ class _Learner:
                     logger.read()
                     logger.print_line()
         self.optimizer.zero_grad()
+
+
+@contextmanager
+def _frozen(model: nn.Module, learner: _Learner) -> Iterator[None]:
+    """Keeps all but what learns from asking for gradients."""
+    learned = {parameter for group in learner.optimizer.param_groups for parameter in group['params']}
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in learned]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _keep_better(module: nn.Module, start: dict[str, Tensor], before: float, after: float, logger: MetricLogger,
@@ -245,13 +259,16 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
 
 def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, x: Tensor, x_full: Tensor,
           config: Reconstruction, kept: _Progress) -> None:
-    """Lets the network as a whole learn the full-precision network's class probabilities.
+    """Lets the later half of the blocks learn the full-precision network's class probabilities.
+
+    Early blocks would lose more by the rates at which the later ones gain: what they give is used everywhere.
 
     Args:
         x, x_full: the last block's output of the held-out images, in both networks.
     """
     split, device = _learned_from(len(images)), model.pos_embed.device
-    learner = _Learner(model.blocks, split, config.tuning, 2 * config.batch_size, config.seed, WHOLE)
+    learner = _Learner(model.blocks[full.depth // 2:], split, config.tuning, 2 * config.batch_size, config.seed,
+                       TUNING_RATE)
     count = len(learner.batches)
     if not count:
         return
@@ -275,9 +292,10 @@ def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, x: Ten
 
     start, before = _copied(model), held_out_error()
     kept.continue_learning(learner)
-    while learner.update < count:
-        learner.learn(loss_of, logger, min(learner.update + KEPT_EVERY, count))
-        kept.keep(full.depth, learner)
+    with _frozen(model, learner):
+        while learner.update < count:
+            learner.learn(loss_of, logger, min(learner.update + KEPT_EVERY, count))
+            kept.keep(full.depth, learner)
     _keep_better(model, start, before, held_out_error(), logger)
 
 
@@ -297,11 +315,11 @@ def _fingerprint(model: nn.Module, images: Tensor, config: Reconstruction) -> st
 
 
 class _Progress:
-    """The file of an interrupted calibration, if any: finished blocks, then the updates of the whole network.
+    """The file of an interrupted calibration, if any: finished blocks, then the updates of the later ones together.
 
     Attributes:
         blocks: how many are finished; the network then has their state, on all ranks.
-        update: how many of the network as a whole are done.
+        update: how many of the later blocks together are done.
     """
 
     def __init__(self, model: QVisionTransformer, path: Path | None, key: str) -> None:
@@ -320,7 +338,7 @@ class _Progress:
         self.blocks, self.update = place.tolist()
 
     def keep(self, blocks: int, learner: _Learner | None = None) -> None:
-        """Notes finished blocks, or with a learner the place of what the network learns as a whole."""
+        """Notes finished blocks, or the place of a learner of several."""
         if self.path is None or not _is_first():
             return
         if learner is None:

@@ -90,7 +90,7 @@ def calibrate_student(student: nn.Module, images: Tensor, calibration: str,
         student: on its device, with the weights to start from.
         images: (B, 3, H, W), on any device.
         calibration: 'published', by the rule for the first batch; 'mse', scales, weights and IRM fitted to the
-            full-precision network; 'reconstruct', blocks and network then learning to give what full precision gives.
+            full-precision network; 'reconstruct', blocks then learning to give what full precision gives.
         reconstruction, progress: see `reconstruct`.
     """
     if calibration == 'reconstruct':
