@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -142,6 +143,21 @@ def _onnx(spec: Spec) -> tuple[Forward, str]:
     return lambda images: session.run(None, {name: images})[0], ''
 
 
+def _openvino(spec: Spec, hint: str) -> tuple[Forward, str]:
+    """hint: 'f32', 'bf16', or '' for OpenVINO's own choice; bf16 is emulated where the processor does not have it."""
+    import openvino
+
+    options = {'INFERENCE_NUM_THREADS': spec.threads, 'NUM_STREAMS': 1, 'PERFORMANCE_HINT': 'LATENCY'}
+    network = openvino.Core().compile_model(spec.file, 'CPU', options | (
+        {'INFERENCE_PRECISION_HINT': hint} if hint else {}))
+    request = network.create_infer_request()
+    executed = Counter(str(node.get_rt_info()['runtimePrecision'].value) for node in
+                       network.get_runtime_model().get_ops()
+                       if node.get_rt_info()['layerType'].value in ('FullyConnected', 'MatMul', 'Convolution'))
+    note = 'products executed in ' + ', '.join(f'{name} ({count})' for name, count in executed.most_common())
+    return lambda images: next(iter(request.infer([images]).values())), note
+
+
 class Contender(NamedTuple):
     """A row of the table; `file` is the key of the prepared file that it loads, `libraries` what it imports first."""
     label: str
@@ -160,6 +176,8 @@ CONTENDERS = {
     'torch-int-compiled': Contender('this network, integers, torch compiled', 'packed', QUANTIZED,
                                     partial(_quantized, kind='compiled')),
     'ort-int8': Contender('this network, ONNX Runtime int8 (QDQ)', 'onnx_int8', ('onnxruntime',), _onnx),
+    'ov-int8': Contender('this network, OpenVINO int8 (QDQ)', 'onnx_int8', ('openvino',),
+                         partial(_openvino, hint='')),
     'simulated': Contender('this network, simulated in float32', 'packed', QUANTIZED,
                            partial(_quantized, kind='simulated')),
     'float32': Contender('full precision, torch float32', 'float32', TORCH,
@@ -171,8 +189,14 @@ CONTENDERS = {
                                partial(_torch, half=True, compiled=True)),
     'ort-float32': Contender('full precision, ONNX Runtime float32', 'onnx_float32', ('onnxruntime',), _onnx),
     'ort-dynamic': Contender('full precision, ONNX Runtime dynamic int8', 'onnx_dynamic', ('onnxruntime',), _onnx),
+    'ov-float32': Contender('full precision, OpenVINO float32', 'onnx_float32', ('openvino',),
+                            partial(_openvino, hint='f32')),
+    'ov-bf16': Contender('full precision, OpenVINO bf16', 'onnx_float32', ('openvino',),
+                         partial(_openvino, hint='bf16')),
+    'ov-nncf': Contender('full precision, OpenVINO, int8 by NNCF', 'openvino_int8', ('openvino',),
+                         partial(_openvino, hint='')),
 }
-ON_CPU_ONLY = ('native', 'ort-int8', 'ort-float32', 'ort-dynamic')
+ON_CPU_ONLY = ('native', 'ort-int8', 'ort-float32', 'ort-dynamic', 'ov-int8', 'ov-float32', 'ov-bf16', 'ov-nncf')
 
 
 # --- a contender's process --------------------------------------------------------------------------------------------

@@ -54,8 +54,9 @@ PAUSE = 0.05       # seconds between turns, in which idle threads of the last on
 SUMMARY = 'measure speed and memory beside full precision'
 HELP = '''\
 Images/s, latency, memory and file size of the integer network, of the full-precision DeiT of its size in PyTorch
-(float32, bf16, compiled) and in ONNX Runtime (float32, int8), in one run, taking turns. What is not installed is said
-in its row. Without FILE, a network with random weights: speed and file sizes do not depend on them.
+(float32, bf16, compiled), in ONNX Runtime (float32, int8) and in OpenVINO (float32, bf16, int8 by NNCF), in one run,
+taking turns. What is not installed is said in its row. Without FILE, a network with random weights: speed and file
+sizes do not depend on them.
 
   python deploy.py bench out/best_checkpoint.qvit.safetensors
   python deploy.py bench --model twobits_deit_small_patch16_224 --batch-sizes 1 --threads 1 --markdown table.md'''
@@ -200,13 +201,26 @@ def prepare(model: QVisionTransformer, info: ModelInfo, full: nn.Module, terms: 
         finally:
             logging.disable(logging.NOTSET)
 
+    def quantize_by_nncf(path: Path) -> None:
+        import nncf
+        import openvino
+
+        if isinstance(files['onnx_float32'], _Failed):
+            raise files['onnx_float32']
+        images = np.random.default_rng(1).standard_normal((16, 1, 3, *model.patch_embed.img_size), np.float32)
+        nncf.set_log_level(logging.ERROR)
+        openvino.save_model(nncf.quantize(openvino.Core().read_model(folder / 'float32.onnx'),
+                                          nncf.Dataset(list(images)), model_type=nncf.ModelType.TRANSFORMER,
+                                          subset_size=len(images)), path)
+
     files: dict[str, Path | _Failed] = {}
     for key, name, write_file in (
             ('packed', 'network.qvit.safetensors', lambda path: write_packed(model, info, path)),
             ('float32', 'float32.safetensors', lambda path: safetensors.torch.save_file(full.state_dict(), path)),
             ('onnx_float32', 'float32.onnx', partial(export, full)),
             ('onnx_int8', 'int8.onnx', lambda path: export(IntegerViT(model, terms), path)),
-            ('onnx_dynamic', 'dynamic.onnx', quantize)):
+            ('onnx_dynamic', 'dynamic.onnx', quantize),
+            ('openvino_int8', 'nncf.xml', quantize_by_nncf)):
         try:
             write_file(folder / name)
             files[key] = folder / name
@@ -232,7 +246,7 @@ def measure(spec: Spec, files: dict[str, Path | _Failed], wanted: Sequence[str],
             workers[name] = _Worker(spec._replace(contender=name, file=str(file)), folder / f'{name}.txt')
             row |= workers[name].state
             # A network of bfloat16 weights has a file of half the size.
-            row['file_bytes'] = file.stat().st_size // (2 if row['note'].startswith('.bfloat16()') else 1)
+            row['file_bytes'] = _size(file) // (2 if row['note'].startswith('.bfloat16()') else 1)
         except _Failed as error:
             row['error'] = str(error)
     for count in spec.batch_sizes:
@@ -241,6 +255,12 @@ def measure(spec: Spec, files: dict[str, Path | _Failed], wanted: Sequence[str],
     for worker in workers.values():
         worker.end()
     return rows
+
+
+def _size(file: Path) -> int:
+    """Its bytes, with those of the weights that OpenVINO writes beside it."""
+    weights = file.with_suffix('.bin')
+    return file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
 def _take_turns(rows: list[dict[str, Any]], workers: dict[str, _Worker], count: int, runs: int) -> None:
@@ -314,7 +334,7 @@ def hardware(device: str) -> str:
 
 def versions() -> str:
     found = [f'Python {platform.python_version()}']
-    for package in ('torch', 'timm', 'onnx', 'onnxruntime'):
+    for package in ('torch', 'timm', 'onnx', 'onnxruntime', 'openvino', 'nncf'):
         with suppress(importlib.metadata.PackageNotFoundError):
             found.append(f'{package} {importlib.metadata.version(package)}')
     return ', '.join(found)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import require
 
 import deploy
 from benchmarks import inference
@@ -61,6 +62,20 @@ def test_bench(packed, tmp_path, capsys, monkeypatch):
     table = paths[0].read_text()
     assert table.strip() in said
     assert table.count('\n| ') == 3 and re.search(r'ONNX Runtime int8 \(QDQ\): not measured, \w+Error: ', table)
+
+
+@pytest.mark.processes
+def test_openvino_takes_part(packed, tmp_path):
+    require('openvino')
+    require('nncf')
+    names = [name for name in CONTENDERS if name.startswith('ov-')]
+    flags = ['--batch-sizes', '2', '--runs', '2', '--threads', '1', '--contenders', *names]
+    assert deploy.main(['bench', str(packed), *flags, '--json', str(tmp_path / 'results.json')]) == 0
+    rows = {row['contender']: row for row in json.loads((tmp_path / 'results.json').read_text())['rows']}
+    assert set(rows) == set(names) and not any('error' in row for row in rows.values())
+    assert all('products executed in' in row['note'] for row in rows.values())
+    assert rows['ov-float32']['difference'] < 1e-4 and rows['ov-nncf']['difference'] > 1e-4
+    assert rows['ov-nncf']['file_bytes'] < rows['ov-float32']['file_bytes']
 
 
 @pytest.mark.processes
@@ -150,4 +165,4 @@ def test_random_networks_of_the_bench_have_uneven_scales():
 
 def test_every_contender_loads_a_file_that_is_written():
     assert {contender.file for contender in CONTENDERS.values()} == {
-        'packed', 'float32', 'onnx_float32', 'onnx_int8', 'onnx_dynamic'}
+        'packed', 'float32', 'onnx_float32', 'onnx_int8', 'onnx_dynamic', 'openvino_int8'}
