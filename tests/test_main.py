@@ -441,14 +441,21 @@ def test_config_sets_what_the_command_line_leaves_open(tmp_path):
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.stem)
 def test_recipes(path, tmp_path):
     flags = ['--config', str(path), '--data-path', str(tmp_path), '--device', 'cpu']
-    if path.stem.startswith('best_'):
-        with pytest.raises(main.UserError, match='--calibration mse fits to full-precision weights'):
+    if path.stem.startswith(('best_', 'calibrate_')):
+        with pytest.raises(main.UserError, match='--calibration (mse|reconstruct) fits to full-precision weights'):
             main.check_args(main.parse_args(flags))
         weights = tmp_path / 'weights.pth'
         weights.touch()
         flags += ['--finetune', str(weights)]
     args = main.parse_args(flags)
     main.check_args(args)
+    if path.stem.startswith('calibrate_'):
+        bits = path.stem.removeprefix('calibrate_').partition('bit')[0]
+        assert args.eval and args.calibration == 'reconstruct'
+        assert dict(args.model_kwargs) == ({'act_bits': 8} if path.stem.endswith('_weights') else
+                                           {'weight_bits': int(bits), 'act_bits': int(bits)})
+        assert args.model == 'fourbits_deit_tiny_patch16_224'
+        return
     bits = {'2': 'two', '3': 'three', '4': 'four'}[path.stem[-4]]
     size = 'tiny' if 'tiny' in path.stem else 'small'
     assert args.model == f'{bits}bits_deit_{size}_patch16_224'
