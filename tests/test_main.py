@@ -442,7 +442,7 @@ def test_config_sets_what_the_command_line_leaves_open(tmp_path):
 def test_recipes(path, tmp_path):
     flags = ['--config', str(path), '--data-path', str(tmp_path), '--device', 'cpu']
     if path.stem.startswith(('best_', 'calibrate_')):
-        with pytest.raises(main.UserError, match='--calibration (mse|reconstruct) fits to full-precision weights'):
+        with pytest.raises(main.UserError, match='fits to full-precision weights|--finetune, full-precision weights'):
             main.check_args(main.parse_args(flags))
         weights = tmp_path / 'weights.pth'
         weights.touch()
