@@ -20,9 +20,10 @@ from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
 from analysis.precision import analyse, manifest
 from checkpoints.descriptions import check_options
 from checkpoints.networks import create_network, open_checkpoint, read_network
+from console.parser import Parser, key_value, path_text
 from files.paths import check_file
 from training.flags import bits, class_count, image_size
-from utils import Parser, UserError, entry_point, key_value, write_whole_text
+from utils import UserError, entry_point, write_whole_text
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,16 +37,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--model-kwargs', nargs='+', default=[], type=key_value, metavar='KEY=VALUE', help='as of main.py, e.g. '
         'irm=False')
     add('--num-classes', type=class_count, help='1000 unless the checkpoint says another')
-    add('--checkpoint', metavar='FILE', help='count the network of this file; one that does not say which needs '
-                                             '--model')
-    add('--packed', metavar='FILE', help="the network's packed file, for its real bytes")
+    add('--checkpoint', metavar='FILE', type=path_text, help='count the network of this file; one that does not say '
+        'which needs --model')
+    add('--packed', metavar='FILE', type=path_text, help="the network's packed file, for its real bytes")
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--per-layer', action='store_true', help='a row for each product of the forward')
     which.add_argument('--manifest', action='store_true', help='a row for each tensor of the forward, with its bits')
     which.add_argument('--countings', action='store_true', help='the ratio by several conventions')
     add('--format', default='table', choices=('table', 'markdown', 'json', 'csv'), help='json and csv hold raw numbers '
         '(default: table)')
-    add('--output', metavar='FILE', help='instead of standard output')
+    add('--output', metavar='FILE', type=path_text, help='instead of standard output')
     return parser
 
 

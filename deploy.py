@@ -18,7 +18,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -27,6 +26,7 @@ import models  # noqa: F401  (registers full-precision networks)
 import quant_vision_transformer  # noqa: F401  (registers the quantized ones)
 from benchmarks import inference
 from checkpoints.networks import ModelInfo, open_network
+from console.parser import Parser, file_path, path_text
 from datasets import DATASETS, build_transform
 from deployment import evaluation, packing, predictor
 from deployment.integer import IntegerViT
@@ -34,7 +34,7 @@ from engine import evaluate
 from quant_vision_transformer import QVisionTransformer
 from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
 from training.flags import crop_ratio, positive_int, workers
-from utils import Parser, Ranks, entry_point, pick, printable
+from utils import Ranks, entry_point, pick, printable
 
 
 def run_pack(args: Namespace) -> None:
@@ -78,9 +78,9 @@ def run_predict(args: Namespace) -> None:
     transform = build_transform(False, info.input_size, info.data_set or 'IMNET')
     names = predictor.class_names(info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
-    for path in args.image:
-        image = transform(predictor.read_picture(path)).to(args.device)
-        print(printable(path))
+    for file in args.image:
+        image = transform(predictor.read_picture(file)).to(args.device)
+        print(printable(file))
         for probability, name in predictor.likeliest(predict, image, names, args.top):
             print(f'  {100 * probability:5.1f} %  {name}')
 
@@ -121,16 +121,16 @@ Weight codes take as many bits as they have; nothing that evaluation does not ne
 
   python deploy.py pack out/best_checkpoint.pth
   python deploy.py pack best_checkpoint_4bit.pth --model fourbits_deit_tiny_patch16_224    a released file''')
-    add('checkpoint', metavar='CHECKPOINT', help='of a quantized network')
+    add('checkpoint', metavar='CHECKPOINT', type=path_text, help='of a quantized network')
     add('--model', metavar='NAME', help='the network, where the checkpoint does not say it, as the released ones')
-    add('--output', type=Path, metavar='FILE',
+    add('--output', type=file_path, metavar='FILE',
         help=f'a name in {packing.SUFFIX}; the checkpoint\'s in .qvit{packing.SUFFIX} unless given')
 
     add = command(run_inspect, 'say what is in a packed file', '''\
 Of every tensor its bits, shape, bytes, share of the file and range; then the bytes by kind.
 
   python deploy.py inspect out/best_checkpoint.qvit.safetensors''')
-    add('file', metavar='FILE', help='packed file')
+    add('file', metavar='FILE', type=path_text, help='packed file')
     add('--json', action='store_true', help='as JSON')
 
     add = command(run_eval, 'measure the accuracy of a packed file', '''\
@@ -139,17 +139,17 @@ Images, crop and labels are those of main.py --eval.
   python deploy.py eval FILE --data-path DIR
   python deploy.py eval FILE --data-path DIR --checkpoint out/best_checkpoint.pth    agreement with the checkpoint
   python deploy.py eval FILE --data-path DIR --arithmetic float                      exactly the checkpoint's logits''')
-    add('file', metavar='FILE', help='packed file, or a checkpoint')
-    add('--checkpoint', metavar='FILE', help='also evaluate this one, and say how often the two agree')
+    add('file', metavar='FILE', type=path_text, help='packed file, or a checkpoint')
+    add('--checkpoint', metavar='FILE', type=path_text, help='also evaluate this one, and say how often the two agree')
     predictor.add_arguments(add)
     add('--limit', type=positive_int, metavar='N', help='N images, evenly spread')
     add('--batch-size', default=64, type=positive_int,
         help='as for main.py, which evaluates 1.5 times as many (default: 64)')
-    add('--data-path', help='folder of the data set')
+    add('--data-path', metavar='DIR', type=path_text, help='folder of the data set')
     add('--data-set', choices=DATASETS, help='that of the file unless given')
     add('--inat-category', default='name', help='(default: %(default)s)')
     add('--eval-crop-ratio', default=0.875, type=crop_ratio, help='(default: %(default)s)')
-    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=workers,
+    add('--num_workers', default=min(10, os.cpu_count() or 1), type=workers,
         help='(here: %(default)s)')
     add('--print-freq', default=10, type=positive_int, help='batches between log lines (default: %(default)s)')
 
@@ -157,8 +157,8 @@ Images, crop and labels are those of main.py --eval.
 The likeliest classes of each picture, with their probabilities.
 
   python deploy.py predict photo.jpg other.png --packed FILE --top 3''')
-    add('image', nargs='+', metavar='IMAGE', help='picture file')
-    add('--packed', required=True, metavar='FILE', help='packed file, or a checkpoint')
+    add('image', nargs='+', metavar='IMAGE', type=path_text, help='picture file')
+    add('--packed', required=True, metavar='FILE', type=path_text, help='packed file, or a checkpoint')
     add('--top', default=5, type=positive_int, metavar='K', help='how many classes to name (default: %(default)s)')
     predictor.add_arguments(add)
 
@@ -167,8 +167,8 @@ Integer weights with QuantizeLinear and DequantizeLinear, which ONNX runtimes tu
 of a full-precision DeiT is exported as it is.
 
   python deploy.py onnx FILE --output model.onnx''')
-    add('file', metavar='FILE', help='packed file, or a checkpoint')
-    add('--output', required=True, metavar='FILE')
+    add('file', metavar='FILE', type=path_text, help='packed file, or a checkpoint')
+    add('--output', required=True, metavar='FILE', type=path_text)
     add('--weights', default='int8', choices=('int8', 'int4'), help='how weights are stored (default: %(default)s)')
 
     inference.add_arguments(command(run_bench, inference.SUMMARY, inference.HELP))

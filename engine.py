@@ -266,7 +266,7 @@ def fit(
         network: nn.Module, training: Training, criterion: DistillationLoss, loader: DataLoader,
         sampler: ResumableSampler, loader_val: DataLoader, loop: Loop, stop: StopRequest, mixup: Mixup | None = None,
         folder: CheckpointFolder | None = None, record: RunRecord | None = None,
-) -> None:
+) -> bool:
     """All epochs that remain, each with its evaluation, log line and checkpoints, or as many as signals allow.
 
     Args:
@@ -274,6 +274,9 @@ def fit(
         sampler: that of the loader; is told epoch and position.
         loader_val: for `evaluate`.
         folder: for the checkpoints, on all ranks; None where none are to be kept.
+
+    Returns:
+        Whether all epochs are done.
     """
     batches = len(sampler.sampler) // loop.batch_size
     started = time.monotonic()
@@ -288,7 +291,7 @@ def fit(
         if test_stats is None:
             print(f'stopped by a signal in epoch {training.epoch} after batch {training.batches_done} of {batches}, '
                   + ('--resume auto continues from there' if folder else 'nothing saved without --output_dir'))
-            return
+            return False
         is_best = training.take_accuracy(test_stats['test_acc1'])
         print(f'Max accuracy: {training.max_accuracy:.2f}%')
         if record is not None:
@@ -299,3 +302,4 @@ def fit(
         if record is not None:
             record.model_card()
     print(f'Training time {timedelta(seconds=int(time.monotonic() - started))}')
+    return True

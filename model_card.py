@@ -16,15 +16,16 @@ from analysis.model_card import write_model_card
 from checkpoints.entries import check_entries
 from checkpoints.files import read_checkpoint
 from checkpoints.networks import open_checkpoint
+from console.parser import Parser, file_path
 from main import parse_args
 from training.flags import positive_int
-from utils import Parser, UserError, entry_point
+from utils import UserError, entry_point
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('checkpoint', type=Path, help="a file that main.py wrote, as an output folder's "
-                                                      'best_checkpoint.pth')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=file_path,
+                        help="a file that main.py wrote, as an output folder's best_checkpoint.pth")
     parser.add_argument('--images', type=positive_int, help='images that the accuracies in log.txt were measured on')
     return parser
 

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import CONTENDERS, ON_CPU_ONLY, Spec, one_line, random_images
 from calibration.first_batch import calibrate
-from checkpoints.descriptions import shown
 from checkpoints.networks import ModelInfo, OpenedNetwork
 from checkpoints.packed import write_packed
+from console.mistakes import shown
+from console.parser import file_path, path_text
 from deployment.integer import IntegerViT
 from deployment.predictor import TERMS
 from quant_vision_transformer import BITS, SIZES, QuantConfig, QVisionTransformer
@@ -62,7 +63,7 @@ in its row. Without FILE, a network with random weights: speed and file sizes do
 
 
 def add_arguments(add: Callable[..., argparse.Action]) -> None:
-    add('file', nargs='?', metavar='FILE', help='packed file, or a checkpoint')
+    add('file', nargs='?', metavar='FILE', type=path_text, help='packed file, or a checkpoint')
     add('--model', default='fourbits_deit_small_patch16_224', metavar='NAME',
         help='without FILE: the network, one of {twobits,threebits,fourbits}_deit_{tiny,small,base}_patch16_224 '
              '(default: %(default)s)')
@@ -75,8 +76,8 @@ def add_arguments(add: Callable[..., argparse.Action]) -> None:
                                                           '(default: %(default)s)')
     add('--contenders', nargs='+', choices=CONTENDERS, default=list(CONTENDERS), metavar='NAME',
         help=f'only these, of {", ".join(CONTENDERS)}')
-    add('--markdown', type=Path, metavar='FILE', help='also write the table there')
-    add('--json', type=Path, metavar='FILE', help='also write all results there, with the time of every forward')
+    add('--markdown', type=file_path, metavar='FILE', help='also write the table there')
+    add('--json', type=file_path, metavar='FILE', help='also write all results there, with the time of every forward')
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from torch import Tensor
 import quant_vision_transformer  # noqa: F401  registers the networks that packed files hold
 from _quan_base import ActQ, code_range, is_calibrated, named_quantizers
 from checkpoints.building import build_described, check_described
-from checkpoints.descriptions import FORMAT_VERSION, ModelInfo, shown
+from checkpoints.descriptions import FORMAT_VERSION, ModelInfo
 from checkpoints.states import some
+from console.mistakes import shown
 from files.paths import check_file, fault
 from utils import UserError, write_whole
 

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from checkpoints.descriptions import LARGEST_IMAGE, MOST_CLASSES, shown
+from console.mistakes import UserError, closest, shown
+from console.parser import LARGEST_IMAGE, MOST_CLASSES
 from files.paths import read_text
-from utils import UserError, closest
 
-__all__ = ['HelpFormatter', 'bits', 'class_count', 'config_flags', 'crop_ratio', 'exponent', 'few', 'frequency',
-           'image_size', 'non_negative', 'non_negative_int', 'positive', 'positive_int', 'seed', 'share',
+__all__ = ['HelpFormatter', 'bits', 'class_count', 'config_flags', 'crop_ratio', 'data_set', 'exponent', 'few',
+           'frequency', 'image_size', 'non_negative', 'non_negative_int', 'positive', 'positive_int', 'seed', 'share',
            'share_above_0', 'workers']
 
 T = TypeVar('T', int, float)
@@ -77,6 +77,15 @@ share = number(float, 'a value from 0 to 1', lambda value: 0 <= value <= 1)
 frequency = number(float, 'one value between 0 and 1, or two', lambda value: 0 < value < 1)
 
 
+def data_set(text: str) -> str:
+    """A type for the name of a data set. It looks at them only where a name is given: they take seconds to import."""
+    from datasets import DATASETS
+
+    if text not in DATASETS:
+        raise argparse.ArgumentTypeError(f'{shown(text)}: choose one of {", ".join(DATASETS)}')
+    return text
+
+
 # --- files of --config ------------------------------------------------------------------------------------------------
 
 
@@ -98,12 +107,28 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     return flags
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that come twice, of which YAML would take the last, and keys without a value, which it takes for
+    null: a slip where somebody meant to write one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value.replace('-', '_') in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'{shown(key.value)} comes twice', key.start_mark)
+            if isinstance(value, yaml.ScalarNode) and value.value == '' and value.style is None:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'{shown(key.value)} has no value: write one, or null', key.start_mark)
+            seen.add(str(key.value).replace('-', '_'))
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: str) -> dict[Any, Any]:
     if not os.path.lexists(path):
         raise UserError(f'--config {path}: No such file or directory')
     text = read_text(path, f'--config {path}')
     try:
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _Loader)
     # Of constructors: a number of thousands of digits, an impossible date, a key that is a list.
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f'--config {path} is not YAML: {" ".join(str(error).split())[:200]}') from error

@@ -53,16 +53,23 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._number = signal.SIGTERM  # what a rank has had that stops because another one was asked to
 
-    def _request(self, *_: Any) -> None:
-        self.requested = True
+    @property
+    def exit_status(self) -> int:
+        """What a shell reports of a process that this signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + self._number
+
+    def _request(self, number: int, *_: Any) -> None:
+        self.requested, self._number = True, number
 
     def _listen(self, signals: int) -> None:
         first = None
         while number := os.read(signals, 1)[0]:
             if number not in self._previous:
                 continue
-            self.requested, now = True, time.monotonic()
+            self._request(number)
+            now = time.monotonic()
             first = first or now
             if now - first > SAME_SIGNAL:
                 if speaks_for_run():
