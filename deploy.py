@@ -34,7 +34,7 @@ from engine import evaluate
 from quant_vision_transformer import QVisionTransformer
 from training.data import DataSource, Loading, build_eval_dataset, build_eval_loader
 from training.flags import crop_ratio, positive_int, workers
-from utils import Ranks, entry_point, pick, printable
+from utils import Ranks, UserError, entry_point, pick, printable
 
 
 def run_pack(args: Namespace) -> None:
@@ -51,22 +51,23 @@ def build_loader(args: Namespace, info: ModelInfo) -> DataLoader:
     data_set = evaluation.data_set_of(args.file, info, args.data_set, args.data_path)
     source = pick(DataSource, vars(args) | {'data_set': data_set, 'input_size': info.input_size})
     dataset = build_eval_dataset(source, info.num_classes)
-    evaluation.check_classes(args.file, info, data_set, dataset.classes)
+    evaluation.check_classes(args.file, info, args.data_path or data_set, dataset.classes)
     loading = Loading(args.batch_size, args.num_workers, pin_mem=False)
     return build_eval_loader(evaluation.evenly_spread(dataset, args.limit), loading, Ranks(), torch.device('cpu'))
 
 
 def run_eval(args: Namespace) -> None:
-    info, model, _ = predictor.open_quantized(args.file)
+    info, model, _ = open_network(args.file, args.model)
     loader = build_loader(args, info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
     measure = partial(evaluate, loader=loader, device=torch.device(args.device), print_freq=args.print_freq)
     ours = evaluation.evaluate_classes(measure, predict)
-    print(f'Accuracy of the network in {args.arithmetic} on the {ours.stats["n"]} test images: '
+    arithmetic = args.arithmetic if isinstance(model, QVisionTransformer) else 'float32'
+    print(f'Accuracy of the network in {arithmetic} on the {ours.stats["n"]} test images: '
           f'{ours.stats["acc1"]:.1f}%')
     if args.checkpoint is None:
         return
-    other, checkpoint, _ = predictor.open_quantized(args.checkpoint)
+    other, checkpoint, _ = open_network(args.checkpoint, args.model)
     evaluation.check_comparable(args.file, info, args.checkpoint, other)
     theirs = evaluation.evaluate_classes(partial(measure, header='Checkpoint:'), checkpoint.to(args.device))
     print(f'Accuracy of the checkpoint, simulated in float32: {theirs.stats["acc1"]:.1f}%')
@@ -74,7 +75,7 @@ def run_eval(args: Namespace) -> None:
 
 
 def run_predict(args: Namespace) -> None:
-    info, model, _ = predictor.open_quantized(args.packed)
+    info, model, _ = open_network(args.packed, args.model)
     transform = build_transform(False, info.input_size, info.data_set or 'IMNET')
     names = predictor.class_names(info)
     predict = predictor.build_predictor(model, args.arithmetic, args.backend, args.device)
@@ -88,9 +89,11 @@ def run_predict(args: Namespace) -> None:
 def run_onnx(args: Namespace) -> None:
     from deployment.onnx_export import export_onnx  # no other command needs onnx
 
-    info, model, _ = open_network(args.file, what=predictor.NAMED_BY)
+    info, model, _ = open_network(args.file, args.model)
     if isinstance(model, QVisionTransformer):
-        export_onnx(IntegerViT(model), args.output, weights=args.weights, quantized=model, info=info)
+        export_onnx(IntegerViT(model), args.output, weights=args.weights or 'int8', quantized=model, info=info)
+    elif args.weights is not None:
+        raise UserError(f'--weights {args.weights}: {args.file} is of full precision, which has no codes: leave it out')
     else:
         export_onnx(model, args.output, info=info)
     print(f'{args.output}: {os.path.getsize(args.output) / 1e6:.2f} MB, {info.model}')
@@ -99,9 +102,13 @@ def run_onnx(args: Namespace) -> None:
 def run_bench(args: Namespace) -> None:
     conditions = pick(inference.Conditions, vars(args))
     inference.check_folders(args.markdown, args.json)
-    opened = inference.random_network(args.model) if args.file is None else predictor.open_quantized(args.file)
+    opened = inference.random_network(args.model or inference.DEFAULT_MODEL) if args.file is None else (
+        predictor.open_quantized(args.file, args.model))
     found = inference.measure_network(opened.info, opened.model, args.file or 'random weights', conditions)
     inference.write(found, conditions.batch_sizes, args.markdown, args.json)
+
+
+NAMED = {'metavar': 'NAME', 'help': 'the network, where the file does not say it, as released ones and DeiT\'s'}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -122,7 +129,7 @@ Weight codes take as many bits as they have; nothing that evaluation does not ne
   python deploy.py pack out/best_checkpoint.pth
   python deploy.py pack best_checkpoint_4bit.pth --model fourbits_deit_tiny_patch16_224    a released file''')
     add('checkpoint', metavar='CHECKPOINT', type=path_text, help='of a quantized network')
-    add('--model', metavar='NAME', help='the network, where the checkpoint does not say it, as the released ones')
+    add('--model', **NAMED)
     add('--output', type=file_path, metavar='FILE',
         help=f'a name in {packing.SUFFIX}; the checkpoint\'s in .qvit{packing.SUFFIX} unless given')
 
@@ -141,6 +148,7 @@ Images, crop and labels are those of main.py --eval.
   python deploy.py eval FILE --data-path DIR --arithmetic float                      exactly the checkpoint's logits''')
     add('file', metavar='FILE', type=path_text, help='packed file, or a checkpoint')
     add('--checkpoint', metavar='FILE', type=path_text, help='also evaluate this one, and say how often the two agree')
+    add('--model', **NAMED)
     predictor.add_arguments(add)
     add('--limit', type=positive_int, metavar='N', help='N images, evenly spread')
     add('--batch-size', default=64, type=positive_int,
@@ -160,6 +168,7 @@ The likeliest classes of each picture, with their probabilities.
     add('image', nargs='+', metavar='IMAGE', type=path_text, help='picture file')
     add('--packed', required=True, metavar='FILE', type=path_text, help='packed file, or a checkpoint')
     add('--top', default=5, type=positive_int, metavar='K', help='how many classes to name (default: %(default)s)')
+    add('--model', **NAMED)
     predictor.add_arguments(add)
 
     add = command(run_onnx, 'export a packed file to ONNX', '''\
@@ -169,7 +178,8 @@ of a full-precision DeiT is exported as it is.
   python deploy.py onnx FILE --output model.onnx''')
     add('file', metavar='FILE', type=path_text, help='packed file, or a checkpoint')
     add('--output', required=True, metavar='FILE', type=path_text)
-    add('--weights', default='int8', choices=('int8', 'int4'), help='how weights are stored (default: %(default)s)')
+    add('--model', **NAMED)
+    add('--weights', choices=('int8', 'int4'), help='how weights of a quantized network are stored (default: int8)')
 
     inference.add_arguments(command(run_bench, inference.SUMMARY, inference.HELP))
     return parser

@@ -174,9 +174,10 @@ import ops
 import utils
 from _quan_base import is_calibrated
 from calibration.reconstruction import Reconstruction
-from checkpoints.files import read_checkpoint, write_checkpoint
+from checkpoints.files import local_file, write_checkpoint
 from checkpoints.full_precision import load_full_precision
-from checkpoints.networks import ModelInfo, load_quantized, network_info
+from checkpoints.networks import ModelInfo, is_quantized, load_quantized, network_info, read_network, say_doubts
+from checkpoints.packed import is_packed
 from datasets import Augmentation, SeededSamples
 from engine import Loop, autocast, evaluate_and_say, fit
 from losses import Distillation
@@ -247,7 +248,12 @@ def prepare(args: Namespace, held: ExitStack) -> Setting:
         print(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
     elif output and not args.resume and (output / 'checkpoint.pth').is_file():
         print(f'{output} holds an earlier run, which this one overwrites (--resume auto would continue it)')
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    if args.eval and args.finetune and args.model is not None and not is_quantized(args.model):
+        args.resume, args.finetune = args.finetune, ''  # nothing is to be calibrated
+    checkpoint = read_network(args.resume) if args.resume else None
+    if checkpoint is not None and not args.eval and is_packed(local_file(args.resume)):
+        raise UserError(f'--resume {args.resume} is a packed file, which holds no state of training: start from it '
+                        'with --finetune')
     info = settle_network(args, checkpoint)
     if not args.eval:
         args.sources = (sources_of(vars(args)) if checkpoint is None else
@@ -275,6 +281,9 @@ def settle_network(args: Namespace, checkpoint: dict[str, Any] | None) -> ModelI
     args.model = args.model or DEFAULT_MODEL
     args.input_size = args.input_size or DEFAULT_SIZE
     args.data_set = args.data_set or ('DIGITS' if args.data_path is None else 'IMNET')
+    if args.data_set == 'DIGITS' and args.input_size == DEFAULT_SIZE and not args.eval:
+        print('no --data-path: training on handwritten digits of 8 x 8 pixels at 224 px, which is slow; '
+              '--input-size 16 --model-kwargs patch_size=8 suits them')
     if args.data_set != 'DIGITS' and args.data_path is None:
         raise UserError(f'{args.resume} is of {args.data_set}: pass its --data-path')
     return info
@@ -296,7 +305,10 @@ def build_student(args: Namespace, setting: Setting, num_classes: int) -> nn.Mod
     if setting.checkpoint is not None:
         load_quantized(model, setting.checkpoint)
     elif args.finetune:
-        for note in load_full_precision(model, read_checkpoint(args.finetune)):
+        contents = read_network(args.finetune)
+        if args.eval:
+            networks.check_has_classes(args.finetune, contents, num_classes, args.data_path or args.data_set)
+        for note in load_full_precision(model, contents):
             print(f'--finetune: {note}')
     ops.use(model, setting.implementation)
     return model.to(setting.device)
@@ -339,6 +351,8 @@ def evaluate(args: Namespace, setting: Setting) -> None:
     model = build_student(args, setting, len(dataset.classes))
     if not is_calibrated(model):
         raise UserError(f'{args.resume} holds quantizers without steps: train it first')
+    if 'qvit' not in setting.checkpoint:
+        say_doubts(args.resume, args.model, model)
     loader = data.build_eval_loader(dataset, pick(data.Loading, vars(args)), setting.ranks, setting.device)
     loop = pick(Loop, vars(args))
     evaluate_and_say('test', model, loader, setting.device, loop)
@@ -414,7 +428,7 @@ def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_cla
     teacher = None
     if (args.distillation_type != 'none' or args.dgd_weight or args.token_weight) and not args.soft_labels:
         teacher = networks.build_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size,
-                                         args.data_set).to(setting.device)
+                                         args.data_path or args.data_set).to(setting.device)
         ops.use(teacher, setting.implementation)
     dgd_weight = networks.settle_dgd_weight(args.dgd_weight, model, teacher, args.model)
     distillation = pick(Distillation, vars(args) | {'dgd_weight': dgd_weight})

@@ -129,6 +129,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
     try:
         write(beside)
+        _let_others_read(beside)
         _flush_to_disk(beside)
         os.replace(beside, path)
     finally:
@@ -142,6 +143,13 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
 def write_whole_text(path: str | Path, text: str) -> None:
     """`write_whole` of a text."""
     write_whole(path, lambda beside: beside.write_text(text, encoding='utf-8'))
+
+
+def _let_others_read(path: Path) -> None:
+    """Gives a file the mode of any new one: some libraries make theirs for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def _flush_to_disk(path: Path) -> None:

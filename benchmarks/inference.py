@@ -62,11 +62,13 @@ in its row. Without FILE, a network with random weights: speed and file sizes do
   python deploy.py bench --model twobits_deit_small_patch16_224 --batch-sizes 1 --threads 1 --markdown table.md'''
 
 
+DEFAULT_MODEL = 'fourbits_deit_small_patch16_224'
+
+
 def add_arguments(add: Callable[..., argparse.Action]) -> None:
     add('file', nargs='?', metavar='FILE', type=path_text, help='packed file, or a checkpoint')
-    add('--model', default='fourbits_deit_small_patch16_224', metavar='NAME',
-        help='without FILE: the network, one of {twobits,threebits,fourbits}_deit_{tiny,small,base}_patch16_224 '
-             '(default: %(default)s)')
+    add('--model', metavar='NAME', help='the network, where FILE does not say it; without FILE one of '
+        f'{{twobits,threebits,fourbits}}_deit_{{tiny,small,base}}_patch16_224 (default: {DEFAULT_MODEL})')
     add('--arithmetic', default='int8', choices=TERMS, help='of the integers (default: %(default)s)')
     add('--batch-sizes', nargs='+', type=int, default=[1, 8, 32], metavar='N', help='(default: 1 8 32)')
     add('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of every contender '

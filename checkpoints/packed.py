@@ -214,7 +214,8 @@ def read_packed(path: str | Path) -> PackedFile:
     except Exception as error:  # safetensors raises its own, and others for a damaged header
         if reason := fault(error):
             raise UserError(f'{path} cannot be read ({reason})') from error
-        raise UserError(f'{path}: truncated or damaged, or not a safetensors file') from error
+        raise UserError(f'{path}: truncated or damaged, or not a safetensors file (deploy.py pack makes one)'
+                        ) from error
     if ENTRY not in metadata:
         raise UserError(f'{path}: not a packed Q-ViT file: make one with deploy.py pack')
     try:

@@ -31,12 +31,20 @@ class DataSource:
         data_path: its folder; DIGITS needs none.
         inat_category: what iNaturalist's labels are of.
         eval_crop_ratio: see `datasets.build_transform`.
+
+    Raises:
+        UserError: DIGITS with a folder.
     """
     data_set: str
     data_path: str | None
     input_size: int
     inat_category: str = 'name'
     eval_crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        if self.data_set == 'DIGITS' and self.data_path is not None:
+            raise UserError(f'--data-path {self.data_path}: the data set is DIGITS, which comes with scikit-learn and has '
+                            'no folder: leave it out, or name the --data-set of the folder')
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ class RunRecord:
         self._write_log({f'train_{name}': value for name, value in train_stats.items()} | test_stats)
         quantizers = self.diagnostics.measure()
         self._write_tensorboard(test_stats, quantizers)
-        for warning in warning_lines(self.training.model, quantizers, progress):
+        is_fitted = bool(self.flags.get('finetune')) and self.flags.get('calibration') != 'published'
+        for warning in warning_lines(self.training.model, quantizers, progress, is_fitted):
             print(warning)
 
     def _write_log(self, stats: dict[str, float]) -> None:
