@@ -257,7 +257,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     ('pack checkpoint.pth --output file.pth', '--output file.pth: choose a name that ends in .safetensors'),
     ('pack checkpoint.pth --output nowhere/file.safetensors', 'cannot be written'),
     ('pack checkpoint.pth --model twobits_deit_tiny_patch16_224', f'model is {NAME} in checkpoint.pth: leave --model'),
-    ('pack teacher.pth', 'teacher.pth holds deit_tiny_patch16_224, which is not quantized'),
+    ('pack teacher.pth', 'teacher.pth holds deit_tiny_patch16_224, which is of full precision'),
     ('pack empty.pth --model ' + NAME, 'the checkpoint holds no vision transformer'),
     ('inspect checkpoint.pth', 'checkpoint.pth: truncated or damaged, or not a safetensors file'),
     ('inspect cut.safetensors', 'cut.safetensors: truncated or damaged'),
@@ -267,6 +267,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     ('eval packed.safetensors --backend native --device cuda:7', '--device cuda:7 cannot be used'),
     ('predict text.pth --packed packed.safetensors --device teapot', '--device teapot cannot be used'),
     ('eval packed.safetensors --limit 0', '--limit 0: choose a value of at least 1'),
+    ('eval packed.safetensors --data-path .', '--data-path .: the data set is DIGITS, which comes with'),
     ('eval packed.safetensors --data-set IMNET', 'packed.safetensors is of IMNET: pass its --data-path'),
     ('eval packed.safetensors --data-set IMNET --data-path nowhere', '--data-path nowhere is not a folder'),
     ('eval packed.safetensors --data-set IMNET --data-path photographs', 'has 1 class folders, not 10'),
@@ -390,7 +391,7 @@ def test_packed_files_are_read_by_every_command(packed, tmp_path, capsys):
     assert accuracy in capsys.readouterr().out
     assert cost.main(['--checkpoint', str(packed)]) == 0
     assert main_run(*shape, '--resume', packed, '--epochs', 1) == 2
-    assert 'is a packed file, which holds no state of training: start from it with --finetune' in capsys.readouterr().err
+    assert 'a packed file, which holds no state of training: start from it with --finetune' in capsys.readouterr().err
     info = open_network(packed).info
     teacher = networks.build_teacher(None, str(packed), info.num_classes, info.input_size, 'DIGITS').eval()
     images = torch.randn(2, 3, info.input_size, info.input_size)
@@ -404,7 +405,8 @@ def test_a_packed_file_is_for_everybody_to_read(packed):
 
 
 @pytest.mark.parametrize(('own', 'named', 'word'), [
-    ('four', 'two', 'with more bits'), ('two', 'four', 'with fewer bits'), ('four', 'four', None), ('two', 'two', None)])
+    ('four', 'two', 'with more bits'), ('two', 'four', 'with fewer bits'), ('four', 'four', None),
+    ('two', 'two', None)])
 @pytest.mark.parametrize('rule', [first_batch_rule, least_squares_rule])
 def test_a_file_named_as_of_other_bits(own, named, word, rule, tmp_path, capsys):
     torch.manual_seed(0)

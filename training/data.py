@@ -43,8 +43,8 @@ class DataSource:
 
     def __post_init__(self) -> None:
         if self.data_set == 'DIGITS' and self.data_path is not None:
-            raise UserError(f'--data-path {self.data_path}: the data set is DIGITS, which comes with scikit-learn and has '
-                            'no folder: leave it out, or name the --data-set of the folder')
+            raise UserError(f'--data-path {self.data_path}: the data set is DIGITS, which comes with scikit-learn and '
+                            'has no folder: leave it out, or name the --data-set of the folder')
 
 
 @dataclass(frozen=True)
