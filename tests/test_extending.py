@@ -118,9 +118,9 @@ def test_additions_the_documented_way(tmp_path):
     program = f'''
 import main, deploy
 train = ['--model', 'fivebits_deit_micro_patch16_224', '--model-kwargs', 'depth=2', 'patch_size=8', '--input-size',
-         '16', '--data-set', 'FIRST_DIGITS', '--data-path', '.', '--epochs', '5', '--batch-size', '32', '--num_workers',
-         '0', '--warmup-epochs', '0', '--lr', '8e-2', '--no-repeated-aug', '--device', 'cpu', '--drop-path', '0',
-         '--opt', 'fusedlamb', '--weight-decay', '0', '--output_dir', {str(out)!r}]
+         '16', '--data-set', 'FIRST_DIGITS', '--data-path', '.', '--epochs', '8', '--batch-size', '32', '--num_workers',
+         '0', '--warmup-epochs', '0', '--lr', '2e-2', '--no-repeated-aug', '--device', 'cpu', '--drop-path', '0',
+         '--weight-decay', '0', '--output_dir', {str(out)!r}]
 assert main.main(train) == 0
 assert deploy.main(['pack', {str(out / 'checkpoint.pth')!r}]) == 0
 for arithmetic in ('float', 'int8'):
