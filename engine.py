@@ -184,7 +184,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Iterable, device: torc
     if isinstance(predict, nn.Module):
         predict.eval()
     # No collective in the loop: ranks may have different numbers of batches.
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    # Loss, top-1, top-5, images. Apple's GPUs have no double precision.
+    sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     logger = MetricLogger(header, len(loader), print_freq, device)
     for images, labels in logger.batches(loader):
         if stop is not None and stop.requested:

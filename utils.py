@@ -153,7 +153,7 @@ def _let_others_read(path: Path) -> None:
 
 
 def _flush_to_disk(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what may be written
     try:
         os.fsync(opened)
     finally:

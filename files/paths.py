@@ -46,7 +46,8 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or is a pipe, a device or a folder.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))  # opening a pipe would wait for a writer
+    # Opening a pipe would wait for a writer; Windows would translate ends of lines.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return open(descriptor, 'rb')
     os.close(descriptor)

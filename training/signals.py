@@ -78,7 +78,8 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         signals, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)
+        if hasattr(os, 'set_blocking'):  # older Pythons on Windows have it not
+            os.set_blocking(self._pipe, False)
         self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         self._wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, args=(signals,), daemon=True)
@@ -104,6 +105,8 @@ def outlive_signals(_worker: int) -> None:
     """
     signal.set_wakeup_fd(-1)  # a fork has the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, 'alarm'):  # Windows ends processes without signals
+        return
     if not hasattr(signal, 'sigwaitinfo'):  # macOS does not tell who sent a signal
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
         return
