@@ -26,9 +26,9 @@ import ops
 from ops import clipped_gelu, min_scale
 from utils import mean_over_ranks
 
-__all__ = ['ActQ', 'Conv2dQ', 'GeluLinearQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'block_weights',
-           'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'min_scale',
-           'named_quantizers']
+__all__ = ['ActQ', 'Conv2dQ', 'GeluLinearQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'alpha_of',
+           'block_weights', 'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'learned_scale',
+           'min_scale', 'named_quantizers']
 
 SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
 
@@ -85,6 +85,23 @@ class QParams(NamedTuple):
         return (round_ste(inside) - z) * alpha
 
 
+# --- the step rule: what is learned, and the scale that it stands for -------------------------------------------------
+
+
+def learned_scale(alpha: Tensor) -> Tensor:
+    """The scale of a learned parameter, differentiable: the parameter itself, as published.
+
+    Everything asks here: training, the kernels, packed files, integers and ONNX. Another rule changes this function,
+    and `alpha_of` with it where it does not leave its own values as they are.
+    """
+    return alpha
+
+
+def alpha_of(scale: Tensor) -> Tensor:
+    """The parameter that stands for a scale, which comes from calibration or a packed file."""
+    return scale
+
+
 # --- calibration: how a quantizer gets its first scale ----------------------------------------------------------------
 
 # x as (channels, values of that channel), qn, qp -> scale and zero point, each a number or of shape (channels,)
@@ -110,14 +127,10 @@ class _Calibrated(nn.Module):
     calibrated: bool = False
     _rule: Rule | None = None
 
-    def learned_scale(self) -> Tensor:
-        """The scale as a differentiable function of the parameters: alpha itself. Everything else asks here for it."""
-        return self.alpha
-
     @property
     def scale(self) -> Tensor:
         """The scale in use, (channels,) or (1,): at least `min_scale`, without a gradient."""
-        return self.learned_scale().detach().clamp_min(min_scale(self.alpha.dtype))
+        return learned_scale(self.alpha).detach().clamp_min(min_scale(self.alpha.dtype))
 
     @property
     def pending(self) -> bool:
@@ -149,7 +162,7 @@ class _Calibrated(nn.Module):
         if not all(torch.isfinite(value).all() for value in (scale, *zero_point)):
             raise ValueError(f'calibration met NaN or infinite values in {type(self).__name__}({self.extra_repr()}): '
                              f'check the images and the weights')
-        self.alpha.copy_(scale.to(self.alpha.dtype).clamp_min(min_scale(self.alpha.dtype)))
+        self.alpha.copy_(alpha_of(scale.to(self.alpha.dtype).clamp_min(min_scale(self.alpha.dtype))))
         self.init_state.fill_(1)
         self.calibrated, self._rule = True, None
 
@@ -209,7 +222,7 @@ class ActQ(_Calibrated):
         if rule is not None:
             self._calibrate(x.detach(), rule)
         shape = (-1, 1, 1) if x.ndim == 4 else (-1,)
-        return QParams(self.learned_scale().view(shape), self.zero_point.view(shape), *self.code_range)
+        return QParams(learned_scale(self.alpha).view(shape), self.zero_point.view(shape), *self.code_range)
 
     def _calibrate(self, x: Tensor, rule: Rule) -> None:
         channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1)
@@ -271,7 +284,7 @@ class _WeightQuantized(_Calibrated):
         rule = self._due_rule()
         if rule is not None:
             self.set_qparams(self._by_rule(self.weight.detach().flatten(1), *self.code_range, rule)[0])
-        return QParams(self.learned_scale().view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
+        return QParams(learned_scale(self.alpha).view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor) -> None:
@@ -396,4 +409,5 @@ def clamp_steps_(model: nn.Module) -> None:
     """Brings step sizes that an optimizer made zero or negative back to the smallest that a forward uses."""
     alphas = [quantizer.alpha for _, quantizer in named_quantizers(model)]
     if alphas:
-        torch._foreach_clamp_min_(alphas, min_scale(alphas[0].dtype))
+        least = torch.tensor(min_scale(alphas[0].dtype), dtype=alphas[0].dtype)
+        torch._foreach_clamp_min_(alphas, alpha_of(least).item())

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,12 @@ from calibration.closed_form import check_kind
 from checkpoints.descriptions import check_options
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import create_network, network_info, open_checkpoint, read_network
+from console.parser import Parser, file_path, key_value, path_text
 from datasets import choose_data_set
 from files.paths import check_file
 from training.data import build_eval_dataset, source_of
 from training.flags import add_data_arguments, bits, class_count, crop_ratio, image_size, positive_int
-from utils import Parser, UserError, entry_point, key_value, write_whole_text
+from utils import UserError, entry_point, write_whole_text
 from visualize import import_figures
 
 
@@ -49,9 +49,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add('--model-kwargs', nargs='+', default=[], type=key_value, metavar='KEY=VALUE', help='as of main.py, e.g. '
         'irm=False')
     add('--num-classes', type=class_count, help='1000 unless the checkpoint says another')
-    add('--checkpoint', metavar='FILE', help='count the network of this file; one that does not say which needs '
-                                             '--model')
-    add('--packed', metavar='FILE', help="the network's packed file, for its real bytes")
+    add('--checkpoint', metavar='FILE', type=path_text, help='count the network of this file; one that does not say '
+        'which needs --model')
+    add('--packed', metavar='FILE', type=path_text, help="the network's packed file, for its real bytes")
     which = parser.add_mutually_exclusive_group()
     which.add_argument('--per-layer', action='store_true', help='a row for each product of the forward')
     which.add_argument('--manifest', action='store_true', help='a row for each tensor of the forward, with its bits')
@@ -63,10 +63,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_data_arguments(images.add_argument, 'IMNET with --data-path, else DIGITS')
     images.add_argument('--num-images', type=positive_int, default=64, help='of the evaluation part (default: 64)')
     images.add_argument('--eval-crop-ratio', type=crop_ratio, default=0.875, help='0.875, unless given')
-    images.add_argument('--picture', type=Path, metavar='FILE', help='the same as a picture, .png or .pdf')
+    images.add_argument('--picture', type=file_path, metavar='FILE', help='the same as a picture, .png or .pdf')
     add('--format', default='table', choices=('table', 'markdown', 'json', 'csv'), help='json and csv hold raw numbers '
         '(default: table)')
-    add('--output', metavar='FILE', help='instead of standard output')
+    add('--output', metavar='FILE', type=path_text, help='instead of standard output')
     return parser
 
 

@@ -184,7 +184,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Iterable, device: torc
     if isinstance(predict, nn.Module):
         predict.eval()
     # No collective in the loop: ranks may have different numbers of batches.
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    # Loss, top-1, top-5, images. Apple's GPUs have no double precision.
+    sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     logger = MetricLogger(header, len(loader), print_freq, device)
     for images, labels in logger.batches(loader):
         if stop is not None and stop.requested:
@@ -266,7 +267,7 @@ def fit(
         network: nn.Module, training: Training, criterion: DistillationLoss, loader: DataLoader,
         sampler: ResumableSampler, loader_val: DataLoader, loop: Loop, stop: StopRequest, mixup: Mixup | None = None,
         folder: CheckpointFolder | None = None, record: RunRecord | None = None,
-) -> None:
+) -> bool:
     """All epochs that remain, each with its evaluation, log line and checkpoints, or as many as signals allow.
 
     Args:
@@ -274,6 +275,9 @@ def fit(
         sampler: that of the loader; is told epoch and position.
         loader_val: for `evaluate`.
         folder: for the checkpoints, on all ranks; None where none are to be kept.
+
+    Returns:
+        Whether all epochs are done.
     """
     batches = len(sampler.sampler) // loop.batch_size
     started = time.monotonic()
@@ -288,7 +292,7 @@ def fit(
         if test_stats is None:
             print(f'stopped by a signal in epoch {training.epoch} after batch {training.batches_done} of {batches}, '
                   + ('--resume auto continues from there' if folder else 'nothing saved without --output_dir'))
-            return
+            return False
         is_best = training.take_accuracy(test_stats['test_acc1'])
         print(f'Max accuracy: {training.max_accuracy:.2f}%')
         if record is not None:
@@ -299,3 +303,4 @@ def fit(
         if record is not None:
             record.model_card()
     print(f'Training time {timedelta(seconds=int(time.monotonic() - started))}')
+    return True

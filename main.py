@@ -14,38 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.utils.data import Dataset
-
-import ops
-import utils
-from _quan_base import is_calibrated
-from calibration.reconstruction import Reconstruction
-from checkpoints.files import read_checkpoint, write_checkpoint
-from checkpoints.full_precision import load_full_precision
-from checkpoints.networks import ModelInfo, load_quantized, network_info
-from datasets import Augmentation, Normalization, SeededSamples, choose_data_set, normalization
-from engine import AMP_DTYPES, Loop, autocast, evaluate_and_say, fit
-from files.readers import is_stream, without_place
-from losses import DISTILLATION_TYPES, Distillation
-from ops import cpu_memory
-from samplers import ResumableSampler
-from training import data, flags, networks
-from training.checks import check_args
-from training.methods.oscillation import OscillationConfig
-from training.methods.registry import build_methods
-from training.networks import CALIBRATIONS
-from training.optimizer import OptimizerConfig
-from training.output import output_folder
-from training.record import RunRecord, describe_run, write_args
-from training.rendezvous import init_distributed, print_on_rank_0
-from training.resumption import Position, resume_and_say
-from training.schedule import ScheduleConfig
-from training.signals import StopRequest
-from training.state import Averaging, CheckpointFolder, build_training
-from utils import Ranks, UserError, pick
+from console.parser import Parser, answer_help, key_value, path_text
+from training import flags
 
 DEFAULT_MODEL = 'fourbits_deit_tiny_patch16_224'
 DEFAULT_SIZE = 224
@@ -57,10 +27,11 @@ DEFAULT_SIZE = 224
 def get_args_parser() -> ArgumentParser:
     """Flags have DeiT's names, and its defaults but where the published Q-ViT runs did without (mixup, cutmix, label
     smoothing, weight averaging, clipping, cool-down)."""
-    parser = utils.Parser(description='Q-ViT: training and evaluation', allow_abbrev=False,
+    parser = Parser(description='Q-ViT: training and evaluation', allow_abbrev=False,
                           formatter_class=flags.HelpFormatter)
     add = parser.add_argument
-    add('--config', metavar='FILE', help='YAML with values for these flags; flags on the command line win')
+    add('--config', metavar='FILE', type=path_text, help='YAML with values for these flags; flags on the '
+        'command line win')
     add('--batch-size', default=64, type=flags.positive_int, help='images of a process at a time')
     add('--epochs', default=300, type=flags.positive_int)
     add('--grad-accum-steps', default=1, type=flags.positive_int, help='batches per update')
@@ -68,7 +39,7 @@ def get_args_parser() -> ArgumentParser:
     group = parser.add_argument_group('model')
     add = group.add_argument
     add('--model', help=f'{DEFAULT_MODEL} unless the checkpoint says another')
-    add('--model-kwargs', nargs='+', action='extend', type=utils.key_value, metavar='KEY=VALUE',
+    add('--model-kwargs', nargs='+', action='extend', type=key_value, metavar='KEY=VALUE',
         help='options of the network, e.g. irm=False act_granularity=tensor weight_bits=2')
     add('--input-size', type=flags.image_size, help=f'image size, {DEFAULT_SIZE} unless the checkpoint says another')
     add('--drop', default=0., type=flags.share, help='dropout')
@@ -77,9 +48,10 @@ def get_args_parser() -> ArgumentParser:
     add('--model-ema-decay', default=0.99996, type=flags.share)
     add('--model-ema-force-cpu', action='store_true')
     add('--model-ema-warmup', action='store_true', help='the decay rises to its value over the first updates')
-    add('--amp', default='none', choices=AMP_DTYPES, help='precision of the matrix products')
+    add('--amp', default='none', choices=('none', 'bf16', 'fp16'), help='precision of the matrix products')
     add('--grad-checkpointing', action='store_true', help='less memory, more time: blocks are computed twice')
-    add('--freeze', choices=networks.FREEZINGS, help='train steps and zero points only, or the heads only')
+    add('--freeze', choices=('all-but-quantizers', 'all-but-heads'), help='train steps and zero points only, or the '
+        'heads only')
     add('--compile', action='store_true', help='torch.compile')
     add('--native-kernels', action=BooleanOptionalAction,
         help='quantizers in C++, compiled on first use (default: on a CPU, where a compiler is found)')
@@ -132,12 +104,12 @@ def get_args_parser() -> ArgumentParser:
     group = parser.add_argument_group('teacher')
     add = group.add_argument
     add('--teacher-model', help="timm's name, e.g. vit_deit_tiny_distilled_patch16_224")
-    add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
-    add('--soft-labels', default='', metavar='FILE', help="a teacher's answers for crops of the training images, as "
-        'soft_labels.py stores them, instead of a teacher; no other augmentation applies')
-    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='hard: the distillation head (or the '
-        "only one) learns the teacher's decision; soft: its probabilities, over the number of classes as in DeiT, next "
-        'to nothing; both: all heads learn its probabilities')
+    add('--teacher-path', metavar='FILE', type=path_text, help="its checkpoint; without one, timm's pretrained weights")
+    add('--soft-labels', default='', metavar='FILE', type=path_text, help="a teacher's answers for crops of the "
+        'training images, as soft_labels.py stores them, instead of a teacher; no other augmentation applies')
+    add('--distillation-type', default='none', choices=('none', 'soft', 'hard', 'both'),
+        help="hard: the distillation head (or the only one) learns the teacher's decision; soft: its probabilities, "
+        'over the number of classes as in DeiT, next to nothing; both: all heads learn its probabilities')
     add('--distillation-alpha', default=0.5, type=flags.share, help='share of distillation; 1: labels are unused')
     add('--distillation-tau', default=1.0, type=flags.positive)
     add('--dgd-weight', type=flags.non_negative, help='weight of distribution-guided distillation; unless given, 1 '
@@ -146,9 +118,9 @@ def get_args_parser() -> ArgumentParser:
         'every block, from a teacher of the same depth and width')
 
     add = parser.add_argument_group('calibration').add_argument
-    add('--calibration', choices=CALIBRATIONS, help='published: steps by the first batch; mse: steps, '
-        'weights, IRM fitted to the full-precision network, layer by layer; reconstruct: blocks learn by gradient '
-        'after that; unless given, mse with --finetune (reconstruct with --eval, too), else published')
+    add('--calibration', choices=('published', 'mse', 'reconstruct'), help='published: steps by the first batch; mse: '
+        'steps, weights, IRM fitted to the full-precision network, layer by layer; reconstruct: blocks learn by '
+        'gradient after that; unless given, mse with --finetune (reconstruct with --eval, too), else published')
     add('--calibration-images', type=flags.positive_int, help='training images, without labels: 64 for mse and 1000 '
         'for reconstruct, unless given')
     add('--calibration-epochs', default=2, type=flags.positive_int, help='of reconstruct: how often a block sees them')
@@ -162,22 +134,24 @@ def get_args_parser() -> ArgumentParser:
         '(post-training quantization; --output_dir gets the network as calibrated.pth)')
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
     add('--eval-crop-ratio', default=0.875, type=flags.crop_ratio)
-    add('--num_workers', '--num-workers', default=min(10, os.cpu_count() or 1), type=flags.workers)
+    add('--num_workers', default=min(10, os.cpu_count() or 1), type=flags.workers)
     add('--pin-mem', default=True, action=BooleanOptionalAction)
 
     group = parser.add_argument_group('run')
     add = group.add_argument
-    add('--output_dir', '--output-dir', default='', help='for checkpoints, log.txt, args.json and TensorBoard')
-    add('--finetune', default='', metavar='FILE', help='checkpoint to start from: of full precision, or '
-        'quantized to more bits (4 -> 3 -> 2)')
-    add('--resume', default='', metavar='FILE', help='checkpoint to continue; auto: that of --output_dir, if any')
-    add('--start_epoch', '--start-epoch', default=0, type=flags.non_negative_int)
+    add('--output_dir', default='', metavar='DIR', type=path_text, help='for checkpoints, log.txt, args.json, '
+        'TensorBoard')
+    add('--finetune', default='', metavar='FILE', type=path_text, help='checkpoint to start from: of full precision, '
+        'or quantized to more bits (4 -> 3 -> 2)')
+    add('--resume', default='', metavar='FILE', type=path_text, help='checkpoint to continue; auto: that of '
+        '--output_dir, if any')
+    add('--start_epoch', default=0, type=flags.non_negative_int)
     add('--seed', default=0, type=flags.seed)
     add('--device', help='cuda where there is one, else cpu')
     add('--print-freq', default=10, type=flags.positive_int, help='batches between log lines')
-    add('--world_size', '--world-size', default=1, type=flags.positive_int,
+    add('--world_size', default=1, type=flags.positive_int,
         help='processes to expect; the launcher starts them')
-    add('--dist_url', '--dist-url', default='env://', help='where they meet')
+    add('--dist_url', default='env://', help='where they meet')
     return parser
 
 
@@ -189,6 +163,44 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         args = parser.parse_args([*flags.config_flags(parser, args.config), *(sys.argv[1:] if argv is None else argv)])
     args.model_kwargs = dict(args.model_kwargs or [])
     return args
+
+
+if __name__ == '__main__':
+    answer_help(get_args_parser)  # without what follows, which takes seconds to import
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Dataset
+
+import ops
+import utils
+from _quan_base import is_calibrated
+from calibration.reconstruction import Reconstruction
+from checkpoints.files import local_file, write_checkpoint
+from checkpoints.full_precision import load_full_precision
+from checkpoints.networks import ModelInfo, load_quantized, names_quantized, network_info, read_network, say_doubts
+from checkpoints.packed import is_packed
+from datasets import Augmentation, Normalization, SeededSamples, choose_data_set, normalization
+from engine import Loop, autocast, evaluate_and_say, fit
+from files.readers import is_stream, without_place
+from losses import Distillation
+from ops import cpu_memory
+from samplers import ResumableSampler
+from training import data, networks
+from training.checks import check_args
+from training.methods.oscillation import OscillationConfig
+from training.methods.registry import build_methods
+from training.networks import CALIBRATIONS
+from training.optimizer import OptimizerConfig
+from training.output import output_folder
+from training.record import RunRecord, describe_run, run_lines, write_args
+from training.rendezvous import init_distributed, print_on_rank_0
+from training.resumption import Position, check_sources, resume_and_say, sources_of
+from training.schedule import ScheduleConfig
+from training.signals import StopRequest
+from training.state import Averaging, CheckpointFolder, build_training
+from utils import Ranks, UserError, pick
 
 
 def plain(args: Namespace) -> Namespace:
@@ -234,17 +246,27 @@ def prepare(args: Namespace, held: ExitStack) -> Setting:
     is_writer = output is not None and ranks.rank == 0 and not (args.eval and args.resume)
     if is_writer:
         held.enter_context(output_folder(output))
+    is_asked_for = args.resume != 'auto'
     if args.resume == 'auto':
         args.resume = str(output / 'checkpoint.pth') if (output / 'checkpoint.pth').is_file() else ''
         print(f'--resume auto: {args.resume or "nothing to resume, starting anew"}')
     elif output and not args.resume and (output / 'checkpoint.pth').is_file():
         print(f'{output} holds an earlier run, which this one overwrites (--resume auto would continue it)')
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    if args.eval and args.finetune and args.model is not None and not names_quantized(args.model):
+        args.resume, args.finetune = args.finetune, ''  # nothing is to be calibrated
+    checkpoint = read_network(args.resume) if args.resume else None
+    if checkpoint is not None and not args.eval and is_packed(local_file(args.resume)):
+        raise UserError(f'--resume {args.resume} is a packed file, which holds no state of training: start from it '
+                        'with --finetune')
     info = settle_network(args, checkpoint)
+    if not args.eval:
+        args.sources = (sources_of(vars(args)) if checkpoint is None else
+                        check_sources(args.resume, checkpoint, vars(args), is_asked_for))
     effective_batch = args.batch_size * args.grad_accum_steps * args.world_size
     args.scaled_lr = args.lr * effective_batch / 512
     run = describe_run(vars(plain(args)), device) | {'effective_batch': effective_batch, 'scaled_lr': args.scaled_lr}
-    print(json.dumps(run))
+    for line in run_lines(run, vars(plain(parse_args([])))):
+        print(line)
     if is_writer and not args.eval:
         write_args(run, output)
     return Setting(device, ranks, implementation, checkpoint, info)
@@ -260,6 +282,9 @@ def settle_network(args: Namespace, checkpoint: dict[str, Any] | None) -> ModelI
     args.model = args.model or DEFAULT_MODEL
     args.input_size = args.input_size or DEFAULT_SIZE
     args.data_set = choose_data_set(args.data_set, args.data_path, info.data_set if info else None, args.resume)
+    if args.data_set == 'DIGITS' and args.input_size == DEFAULT_SIZE and not args.eval:
+        print('no --data-path: training on handwritten digits of 8 x 8 pixels at 224 px, which is slow; '
+              '--input-size 16 --model-kwargs patch_size=8 suits them')
     normalization_of(args)  # refuses what does not go together
     return info
 
@@ -289,7 +314,10 @@ def build_student(args: Namespace, setting: Setting, num_classes: int) -> nn.Mod
     if setting.checkpoint is not None:
         load_quantized(model, setting.checkpoint)
     elif args.finetune:
-        for note in load_full_precision(model, read_checkpoint(args.finetune)):
+        contents = read_network(args.finetune)
+        if args.eval:
+            networks.check_has_classes(args.finetune, contents, num_classes, args.data_path or args.data_set)
+        for note in load_full_precision(model, contents):
             print(f'--finetune: {note}')
     ops.use(model, setting.implementation)
     return model.to(setting.device)
@@ -334,6 +362,8 @@ def evaluate(args: Namespace, setting: Setting) -> None:
     model = build_student(args, setting, len(dataset.classes))
     if not is_calibrated(model):
         raise UserError(f'{args.resume} holds quantizers without steps: train it first')
+    if 'qvit' not in setting.checkpoint:
+        say_doubts(args.resume, args.model, model)
     loader = data.build_eval_loader(dataset, pick(data.Loading, vars(args)), setting.ranks, setting.device)
     loop = pick(Loop, vars(args))
     evaluate_and_say('test', model, loader, setting.device, loop)
@@ -356,8 +386,8 @@ def calibrate(args: Namespace, setting: Setting) -> None:
     evaluate_and_say('test', model, loader, setting.device, pick(Loop, vars(args)))
 
 
-def train(args: Namespace, setting: Setting) -> None:
-    """Trains a network, from the start or from a checkpoint on."""
+def train(args: Namespace, setting: Setting) -> int:
+    """Trains a network, from the start or from a checkpoint on; the exit status, which tells a stop by a signal."""
     # cuDNN's faster backward of the patch embedding adds in another order every time: no run could be resumed exactly.
     torch.backends.cudnn.deterministic = True
     device, ranks, loading = setting.device, setting.ranks, pick(data.Loading, vars(args))
@@ -401,8 +431,11 @@ def train(args: Namespace, setting: Setting) -> None:
     loader_val = data.build_eval_loader(dataset_val, loading, ranks, device)
     mixup = data.build_mixup(pick(data.Mixing, vars(args)), len(dataset.classes))
     with StopRequest() as stop:
-        fit(network, training, criterion, loader, sampler, loader_val, pick(Loop, vars(args)), stop, mixup, folder,
-            record)
+        is_done = fit(network, training, criterion, loader, sampler, loader_val, pick(Loop, vars(args)), stop, mixup,
+                      folder, record)
+    if is_done and ranks.rank == 0:
+        print(record.summary() if record is not None else 'nothing is kept without --output_dir')
+    return 0 if is_done else stop.exit_status
 
 
 def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_classes: int) -> nn.Module:
@@ -410,7 +443,8 @@ def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_cla
     teacher = None
     if (args.distillation_type != 'none' or args.dgd_weight or args.token_weight) and not args.soft_labels:
         teacher = networks.build_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size,
-                                         args.data_set, normalization_of(args).in_chans).to(setting.device)
+                                         args.data_path or args.data_set,
+                                         normalization_of(args).in_chans).to(setting.device)
         ops.use(teacher, setting.implementation)
     dgd_weight = networks.settle_dgd_weight(args.dgd_weight, model, teacher, args.model)
     distillation = pick(Distillation, vars(args) | {'dgd_weight': dgd_weight})
@@ -419,21 +453,23 @@ def build_criterion(args: Namespace, setting: Setting, model: nn.Module, num_cla
 
 
 @utils.entry_point
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
+    status = 0
     print_on_rank_0()
     args = parse_args(argv)
     check_args(args)
     with ExitStack() as held:
         setting = prepare(args, held)
         if not args.eval:
-            train(args, setting)
+            status = train(args, setting)
         elif setting.checkpoint is not None:
             evaluate(args, setting)
         else:
             calibrate(args, setting)
     if dist.is_initialized():
         dist.destroy_process_group()
+    return status
 
 
 if __name__ == '__main__':

@@ -12,19 +12,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.model_card import write_model_card
+from analysis.model_card import images_said_in, write_model_card
 from checkpoints.entries import check_entries
 from checkpoints.files import read_checkpoint
 from checkpoints.networks import open_checkpoint
+from console.parser import Parser, file_path
 from main import parse_args
 from training.flags import positive_int
-from utils import Parser, UserError, entry_point
+from utils import UserError, entry_point
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('checkpoint', type=Path, help="a file that main.py wrote, as an output folder's "
-                                                      'best_checkpoint.pth')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=file_path,
+                        help="a file that main.py wrote, as an output folder's best_checkpoint.pth")
     parser.add_argument('--images', type=positive_int, help='images that the accuracies in log.txt were measured on')
     return parser
 
@@ -40,6 +41,8 @@ def write_card_of(path: Path, images: int | None) -> None:
     if 'qvit' not in checkpoint or not isinstance(checkpoint.get('args'), argparse.Namespace):
         raise UserError(f'{path} does not say what it holds and how it was trained: it was not written by main.py')
     check_entries(checkpoint, str(path))
+    if images is None:
+        images = images_said_in(path.with_name('model_card.json'))
     opened = open_checkpoint(path, checkpoint)
     write_model_card(path.parent, opened.model, opened.info, vars(checkpoint['args']), vars(parse_args([])), images,
                      path.name, checkpoint.get('epoch'))

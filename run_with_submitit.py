@@ -10,12 +10,12 @@ A job that Slurm preempts, or whose time runs out, is queued again and continues
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import main as training
+from console.parser import Parser, file_path
 from training.flags import few, positive_int
-from utils import Parser, UserError, entry_point
+from utils import UserError, entry_point
 
 
 class Job:
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     parser.add_argument('--nodes', default=1, type=positive_int)
     parser.add_argument('--cpus-per-task', default=10, type=few)
     parser.add_argument('--timeout', default=4320, type=positive_int, help='minutes')
-    parser.add_argument('--job_dir', default='slurm_job', type=Path, help='folder of checkpoints and logs')
+    parser.add_argument('--job_dir', default='slurm_job', type=file_path, help='folder of checkpoints and logs')
     parser.add_argument('--job-name', default='q-vit')
     parser.add_argument('--partition')
     parser.add_argument('--account')

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import RandomResizedCrop
 
 import utils
+from console.parser import path_text
 from datasets import IMAGENET, Normalization, Reading, SeededSamples, build_dataset, choose_data_set, normalization
 from models import Teacher
 from training.flags import add_data_arguments, few, image_size, positive_int, seed, share, workers
@@ -100,17 +101,17 @@ def get_args_parser() -> utils.Parser:
     parser = utils.Parser(description=(__doc__ or '').partition('\n')[0], allow_abbrev=False,
                           formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add('--output', required=True, metavar='FILE', help='.safetensors file to write')
+    add('--output', required=True, metavar='FILE', type=path_text, help='.safetensors file to write')
     add_data_arguments(add, 'IMNET where there is a --data-path, else DIGITS')
     add('--teacher-model', help="timm's name")
-    add('--teacher-path', help="its checkpoint; without one, timm's pretrained weights")
+    add('--teacher-path', metavar='FILE', type=path_text, help="its checkpoint; without one, timm's pretrained weights")
     add('--crops-per-image', type=few, default=4)
     add('--top-k', type=positive_int, default=10, help='classes to store of each crop')
     add('--crop-scale', type=share, nargs=2, default=[0.08, 1.], help="smallest and largest share of an image's area")
     add('--input-size', type=image_size, default=224)
     add('--train-interpolation', choices=('bilinear', 'bicubic'), default='bicubic')
     add('--batch-size', type=positive_int, default=64, help='crops at a time')
-    add('--num_workers', '--num-workers', type=workers, default=min(10, os.cpu_count() or 1))
+    add('--num_workers', type=workers, default=min(10, os.cpu_count() or 1))
     add('--device', choices=('cuda', 'cpu'), default='cuda' if torch.cuda.is_available() else 'cpu')
     add('--seed', type=seed, default=0)
     return parser

@@ -1,7 +1,5 @@
 """What all entry points share: mistakes and flags, files, ranks, randomness, metric logging."""
 
-import ast
-import difflib
 import functools
 import os
 import random
@@ -11,47 +9,29 @@ import statistics
 import sys
 import time
 import traceback
-from argparse import ArgumentParser, ArgumentTypeError
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from console.mistakes import (  # noqa: F401  for all who use utils
+    DivergedError,
+    RunError,
+    UserError,
+    closed_pipe_ends_quietly,
+    closest,
+    printable,
+)
+from console.parser import Parser, key_value  # noqa: F401
+
 T = TypeVar('T')
-
-
-def printable(text: str) -> str:
-    """The text with its control characters escaped: names from files must not steer the terminal that shows them."""
-    return text if text.isprintable() else ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-class UserError(ValueError):
-    """A mistake of the user's: one line that names the value and what to do. Entry points exit with status 2."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-class RunError(RuntimeError):
-    """What ends a run though its command line is right: one line. Entry points exit with status 1."""
-
-
-class DivergedError(RunError):
-    """Training met a loss that is not finite."""
-
-
-def closest(name: str, known: Collection[str]) -> str:
-    """What to say after `name` turned out not to be among `known`."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f'did you mean {", ".join(close)}?' if close else 'no name comes close to it'
-
 
 _speaks = True  # whether this process says what ends it, before it has met the others of a run
 
@@ -70,7 +50,7 @@ def report(error: BaseException) -> None:
     """One line on standard error for a mistake that ends the run, from one process of a distributed run."""
     # Errors of data-loading workers come with the worker's whole traceback, and the message as its last line.
     text = printable(str(error).strip() or type(error).__name__)
-    line = text.removesuffix(r'\n').rpartition(r'\nutils.UserError: ')[2]
+    line = re.split(r'\\n[\w.]+\.UserError: ', text.removesuffix(r'\n'))[-1]
     if _is_first_to_report():
         print(f'error: {line}', file=sys.stderr, flush=True)
 
@@ -85,11 +65,12 @@ def _is_first_to_report() -> bool:
         return False
 
 
-def entry_point(run: Callable[..., None]) -> Callable[..., int]:
+def entry_point(run: Callable[..., int | None]) -> Callable[..., int]:
     """Makes `run` return an exit status: 0, or, after one line that says why, that of what ended it.
 
-    A mistake of the user's ends with 2, Ctrl-C with 130, and with 1 what comes from outside: a full disk, a process of
-    the run that is gone. Everything else is an error of the program, and its traceback is left alone.
+    `run` may give the status itself. A mistake of the user's ends with 2, Ctrl-C with 130, and with 1 what comes from
+    outside: a full disk, a process of the run that is gone. Everything else is an error of the program, and its
+    traceback is left alone.
     """
     @functools.wraps(run)
     def status(*args: Any, **kwargs: Any) -> int:
@@ -98,8 +79,8 @@ def entry_point(run: Callable[..., None]) -> Callable[..., int]:
             if hasattr(stream, 'reconfigure'):  # a class may have a name that the terminal's encoding lacks
                 stream.reconfigure(errors='backslashreplace')
         try:
-            run(*args, **kwargs)
-            return 0
+            with closed_pipe_ends_quietly():
+                return run(*args, **kwargs) or 0
         except (UserError, RunError, OSError, KeyboardInterrupt) as error:
             ended_by: BaseException = error
         except RuntimeError as error:
@@ -117,33 +98,6 @@ def entry_point(run: Callable[..., None]) -> Callable[..., int]:
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or 'gloo' in str(error)
-
-
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-
-class Parser(ArgumentParser):
-    """A parser whose complaints are the user's mistakes: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        # argparse says 'argument --num_workers/--num-workers: -1: choose ...' of a value that its type refuses.
-        refused = re.fullmatch(r'argument (?:\S+/)?(--\S+): (\S+: choose .*)', message)
-        if refused:
-            raise UserError(f'{refused[1]} {refused[2]}')
-        raise UserError(f'{message} (--help lists the flags)')
-
-
-def key_value(text: str) -> tuple[str, Any]:
-    """A type for `add_argument`: KEY=VALUE, where the value is a Python literal, a truth value in any case, or text."""
-    key, equals, value = text.partition('=')
-    if not (key.isidentifier() and equals):
-        raise ArgumentTypeError(f'{text!r} is not of the form key=value')
-    if value.lower() in ('true', 'false', 'none'):
-        value = value.capitalize()
-    try:
-        return key, ast.literal_eval(value)
-    except (MemoryError, RecursionError, SyntaxError, ValueError):  # the first two: of brackets in thousands
-        return key, value
 
 
 # --- values and files -------------------------------------------------------------------------------------------------
@@ -175,6 +129,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
     try:
         write(beside)
+        _let_others_read(beside)
         _flush_to_disk(beside)
         os.replace(beside, path)
     finally:
@@ -190,8 +145,15 @@ def write_whole_text(path: str | Path, text: str) -> None:
     write_whole(path, lambda beside: beside.write_text(text, encoding='utf-8'))
 
 
+def _let_others_read(path: Path) -> None:
+    """Gives a file the mode of any new one: some libraries make theirs for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def _flush_to_disk(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what may be written
     try:
         os.fsync(opened)
     finally:

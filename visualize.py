@@ -19,12 +19,13 @@ from analysis import inspection
 from analysis.images import stacked, to_pictures
 from checkpoints.descriptions import check_options, check_registered
 from checkpoints.networks import ModelInfo, open_network
+from console.parser import Parser, file_path, key_value, path_text
 from datasets import ImageList, choose_data_set
 from files.paths import check_file
 from training.data import build_eval_dataset, source_of
 from training.flags import add_data_arguments, crop_ratio, image_size, positive_int
 from training.networks import build_teacher
-from utils import Parser, UserError, entry_point, key_value
+from utils import UserError, entry_point
 
 COMMANDS = {  # name: (summary, example, images of a data set unless said otherwise)
     'qk': ('histograms and entropies of queries and keys: before and after IRM, as codes, beside the teacher\'s',
@@ -51,10 +52,11 @@ def get_args_parser() -> ArgumentParser:
         command = commands.add_parser(name, help=summary, description=f'{summary[0].upper()}{summary[1:]}.',
                                       epilog=f'example:\n  {example}', allow_abbrev=False,
                                       formatter_class=RawDescriptionHelpFormatter)
-        command.add_argument('--output', type=Path, metavar='FILE', default=Path(f'{name}.png'),
+        command.add_argument('--output', type=file_path, metavar='FILE', default=Path(f'{name}.png'),
                              help=f'the figure, .png or .pdf (default: {name}.png)')
         if images is None:
-            command.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='log.txt of a run, or its folder')
+            command.add_argument('runs', nargs='+', type=file_path, metavar='RUN',
+                                 help='log.txt of a run, or its folder')
         else:
             _add_network_flags(command, has_teacher=name != 'codes')
             _add_image_flags(command, images)
@@ -71,13 +73,13 @@ def get_args_parser() -> ArgumentParser:
 
 def _add_network_flags(parser: ArgumentParser, has_teacher: bool) -> None:
     add = parser.add_argument_group('networks').add_argument
-    add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
+    add('--resume', required=True, metavar='FILE', type=path_text, help='checkpoint of the network')
     add('--model', help='its network, where the file does not say')
     add('--model-kwargs', nargs='+', default=[], type=key_value, metavar='KEY=VALUE',
         help='its options, where the file does not say')
     add('--input-size', type=image_size, help='its image size, where the file does not say (224)')
     if has_teacher:
-        add('--teacher-path', metavar='FILE', help='checkpoint of a network to draw beside it')
+        add('--teacher-path', metavar='FILE', type=path_text, help='checkpoint of a network to draw beside it')
         add('--teacher-model', help="that network, where the file does not say; alone: timm's pretrained weights")
     else:
         parser.set_defaults(teacher_path=None, teacher_model=None)
@@ -85,7 +87,7 @@ def _add_network_flags(parser: ArgumentParser, has_teacher: bool) -> None:
 
 def _add_image_flags(parser: ArgumentParser, images: int) -> None:
     add = parser.add_argument_group('images').add_argument
-    add('--images', nargs='+', type=Path, metavar='FILE', help='image files, instead of a data set')
+    add('--images', nargs='+', type=file_path, metavar='FILE', help='image files, instead of a data set')
     add_data_arguments(add, "the checkpoint's, unless given")
     add('--num-images', type=positive_int, default=images,
         help=f'evaluation images to take, at equal distances through the data set (default: {images})')

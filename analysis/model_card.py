@@ -18,7 +18,7 @@ import torch.nn as nn
 from analysis.cost import summary
 from analysis.logs import parse_epoch
 from checkpoints.networks import ModelInfo
-from files.paths import parse_json
+from files.paths import parse_json, read_text
 from files.readers import is_reader, without_place
 from utils import UserError, printable, write_whole_text
 
@@ -50,6 +50,15 @@ def write_model_card(directory: str | Path, model: nn.Module, info: ModelInfo, f
     card |= {'checkpoint': checkpoint, 'commands': _commands(checkpoint, info.data_set)}
     write_whole_text(directory / 'model_card.json', json.dumps(card, indent=2) + '\n')
     write_whole_text(directory / 'model_card.md', _markdown(card))
+
+
+def images_said_in(path: Path) -> int | None:
+    """How many images the accuracies were measured on, as an earlier card says; None where it does not."""
+    try:
+        images = parse_json(read_text(path))['accuracy']['images']
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+    return images if type(images) is int and images > 0 else None
 
 
 # --- what the card says -----------------------------------------------------------------------------------------------
@@ -161,6 +170,13 @@ def _network(card: dict[str, Any]) -> str:
             + f'. This card describes `{card["checkpoint"]}`.')
 
 
+def _data_name(card: dict[str, Any]) -> str:
+    """What the images are called: IMNET is also how a folder of other classes is read, which goes by its own name."""
+    data = card['data']
+    is_own = data['data_set'] == 'IMNET' and data['data_path'] and card['model']['num_classes'] != 1000
+    return f'the folder `{data["data_path"]}`' if is_own else str(data['data_set'])
+
+
 def _measured(card: dict[str, Any]) -> str:
     accuracy = card['accuracy']
     if accuracy['test'] is None:
@@ -169,7 +185,7 @@ def _measured(card: dict[str, Any]) -> str:
     chosen = f', the best of {card["epochs_done"]} on these same images' if accuracy['is_best'] else ''
     rows = ''.join(f'| {what} | {values["top1"]:.2f} | {values["top5"]:.2f} | {values["loss"]:.4f} |\n'
                    for prefix, what in MEASURED.items() if (values := accuracy[prefix]) is not None)
-    return (f'## Accuracy\n\nMeasured by this run, on the {count}evaluation images of {card["data"]["data_set"]}, '
+    return (f'## Accuracy\n\nMeasured by this run, on the {count}evaluation images of {_data_name(card)}, '
             f'after epoch {accuracy["epoch"]} (counted from 0){chosen}.\n\n| | top-1 (%) | top-5 (%) | loss |\n'
             f'|---|--:|--:|--:|\n{rows}').rstrip()
 
@@ -192,8 +208,8 @@ def _costs(card: dict[str, Any]) -> str:
 def _training(card: dict[str, Any]) -> str:
     flags = ''.join(f'| `{name}` | `{json.dumps(value)}` |\n' for name, value in card['changed_flags'].items())
     versions = ', '.join(f'{name} {version}' for name, version in card['versions'].items() if version) or 'not recorded'
-    path = card['data']['data_path']
-    return (f'## Training\n\nData: {card["data"]["data_set"]}' + (f' (folder `{path}`)' if path else '')
+    path, name = card['data']['data_path'], _data_name(card)
+    return (f'## Training\n\nData: {name}' + (f' (folder `{path}`)' if path and '`' not in name else '')
             + f'. Epochs: {card["epochs_done"] or "not recorded"} of {card["flags"].get("epochs", "not recorded")}. '
             f'Versions: {versions}. '
             f'Commit: {card["git_commit"] or "not recorded"}.\n\nFlags that differ from the defaults, or that the run '

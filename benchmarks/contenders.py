@@ -234,7 +234,8 @@ def peak_resident() -> int:
 def _reset_peak() -> bool:
     """Lets `peak_resident` begin anew; whether the system does that."""
     gc.collect()
-    getattr(ctypes.CDLL(None), 'malloc_trim', lambda pad: None)(0)  # glibc keeps freed memory otherwise
+    with suppress(AttributeError, TypeError):  # of other systems
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory otherwise
     with suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5')
         return True

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import CONTENDERS, ON_CPU_ONLY, Spec, one_line, random_images
 from calibration.first_batch import calibrate
-from checkpoints.descriptions import shown
 from checkpoints.networks import ModelInfo, OpenedNetwork
 from checkpoints.packed import write_packed
+from console.mistakes import shown
+from console.parser import file_path, path_text
 from deployment.integer import IntegerViT
 from deployment.predictor import TERMS
 from quant_vision_transformer import BITS, FAMILIES, SIZES, QuantConfig, QVisionTransformer
@@ -62,11 +63,13 @@ sizes do not depend on them.
   python deploy.py bench --model twobits_deit_small_patch16_224 --batch-sizes 1 --threads 1 --markdown table.md'''
 
 
+DEFAULT_MODEL = 'fourbits_deit_small_patch16_224'
+
+
 def add_arguments(add: Callable[..., argparse.Action]) -> None:
-    add('file', nargs='?', metavar='FILE', help='packed file, or a checkpoint')
-    add('--model', default='fourbits_deit_small_patch16_224', metavar='NAME',
-        help='without FILE: the network, one of {twobits,threebits,fourbits}_deit_{tiny,small,base}_patch16_224 '
-             '(default: %(default)s)')
+    add('file', nargs='?', metavar='FILE', type=path_text, help='packed file, or a checkpoint')
+    add('--model', metavar='NAME', help='the network, where FILE does not say it; without FILE one of '
+        f'{{twobits,threebits,fourbits}}_deit_{{tiny,small,base}}_patch16_224 (default: {DEFAULT_MODEL})')
     add('--arithmetic', default='int8', choices=TERMS, help='of the integers (default: %(default)s)')
     add('--batch-sizes', nargs='+', type=int, default=[1, 8, 32], metavar='N', help='(default: 1 8 32)')
     add('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of every contender '
@@ -76,8 +79,8 @@ def add_arguments(add: Callable[..., argparse.Action]) -> None:
                                                           '(default: %(default)s)')
     add('--contenders', nargs='+', choices=CONTENDERS, default=list(CONTENDERS), metavar='NAME',
         help=f'only these, of {", ".join(CONTENDERS)}')
-    add('--markdown', type=Path, metavar='FILE', help='also write the table there')
-    add('--json', type=Path, metavar='FILE', help='also write all results there, with the time of every forward')
+    add('--markdown', type=file_path, metavar='FILE', help='also write the table there')
+    add('--json', type=file_path, metavar='FILE', help='also write all results there, with the time of every forward')
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ and sizes are those of the tensors in the same file. All of this is checked befo
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,17 +14,14 @@ from typing import Any, NamedTuple
 import timm
 from torch import Tensor
 
+from console.mistakes import UserError, closest, shown
+from console.parser import LARGEST_IMAGE, MOST_CLASSES
 from datasets import DATASETS, Normalization, normalization
 from files.readers import READERS, is_reader
-from utils import UserError, closest
 
-__all__ = ['FORMAT_VERSION', 'LARGEST_IMAGE', 'MOST_CLASSES', 'ModelInfo', 'check_kwargs', 'check_options',
-           'check_registered', 'check_sizes', 'shown']
+__all__ = ['FORMAT_VERSION', 'ModelInfo', 'check_kwargs', 'check_options', 'check_registered', 'check_sizes']
 
 FORMAT_VERSION = 1
-MOST_CLASSES, LARGEST_IMAGE = 10 ** 6, 4096
-_SHORT = reprlib.Repr()  # looks a few levels and entries far, however large a value is
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 class _Kind(NamedTuple):
@@ -89,15 +85,6 @@ _FIELDS = {  # of a description, beside its version, its model and its kwargs
     'mean': _Kind(lambda value: value is None or _levels(value, 0), 'one number from 0 to 1, or three'),
     'std': _Kind(lambda value: value is None or _levels(value, 1e-30), 'one number above 0, or three'),
 }
-
-
-def shown(value: Any) -> str:
-    """The value for a message of one line."""
-    try:
-        text = ' '.join(_SHORT.repr(value).split())
-    except ValueError:  # whole numbers of thousands of digits have no text
-        text = type(value).__name__
-    return text if len(text) <= 60 else f'{text[:60]}...'
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.descriptions import shown
+from console.mistakes import shown
 from utils import UserError
 
 __all__ = ['MOST_EPOCHS', 'check_entries', 'check_moments']

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import models  # noqa: F401  registers the full-precision networks
 import quant_vision_transformer  # noqa: F401  registers the quantized ones
+from _quan_base import LinearQ, is_calibrated, named_quantizers
 from checkpoints.building import check_described, create_network
 from checkpoints.descriptions import ModelInfo, check_registered
 from checkpoints.files import local_file, read_checkpoint
@@ -23,8 +24,8 @@ from checkpoints.packed import is_packed, read_packed
 from checkpoints.states import load_quantized, state_of
 from utils import UserError
 
-__all__ = ['ModelInfo', 'OpenedNetwork', 'create_network', 'load_quantized', 'network_info', 'open_checkpoint',
-           'open_features', 'open_network', 'read_network', 'state_of']
+__all__ = ['ModelInfo', 'OpenedNetwork', 'create_network', 'load_quantized', 'names_quantized', 'network_info',
+           'open_checkpoint', 'open_features', 'open_network', 'read_network', 'say_doubts', 'state_of']
 
 
 class OpenedNetwork(NamedTuple):
@@ -58,6 +59,8 @@ def open_checkpoint(path: str | Path, checkpoint: dict[str, Any], model: str | N
     info = network_info(path, checkpoint, model, model_kwargs, input_size, what=what)
     network = create_network(info.model, info.num_classes, info.input_size, what=what, **info.kwargs)
     load_quantized(network, checkpoint)
+    if 'qvit' not in checkpoint:
+        say_doubts(str(path), info.model, network)
     return OpenedNetwork(info, network.eval(), checkpoint)
 
 
@@ -84,6 +87,35 @@ def read_network(path: str | Path) -> dict[str, Any]:
     """The contents of a checkpoint, or those of a packed file in the form of a checkpoint that describes itself."""
     file = local_file(path)
     return read_packed(file).checkpoint() if is_packed(file) else read_checkpoint(path)
+
+
+def say_doubts(path: str, name: str, network: nn.Module) -> None:
+    """Warns where the weights of a file that does not describe itself were trained for other bits than `name` has.
+
+    Nothing else would show it: the tensors have the same shapes. With the step of four bits about a third of the
+    weights lie beyond the codes of two; with that of two, none reaches the outer half of those of four.
+    """
+    layers = [layer for module, layer in named_quantizers(network) if isinstance(layer, LinearQ) and 'blocks' in module]
+    if not layers or not is_calibrated(network):
+        return
+    beyond, outer, weights = 0, 0, sum(layer.weight.numel() for layer in layers)
+    for layer in layers:
+        low, high = layer.code_range
+        position = layer.weight.detach() / layer.scale[:, None]
+        beyond += int(((position < low - 0.5) | (position > high + 0.5)).sum())
+        outer += int((position.abs() > (high + 1) / 2).sum())
+    bits = layers[0].weight_bits
+    if beyond > 0.2 * weights:
+        print(f'warning: {beyond / weights:.0%} of the weights of {path} lie beyond the {bits}-bit codes of {name}: '
+              'was it trained with more bits?')
+    elif bits >= 4 and outer < 1e-3 * weights:
+        print(f'warning: the weights of {path} use less than half of the {bits}-bit codes of {name}: was it trained '
+              'with fewer bits?')
+
+
+def names_quantized(name: str) -> bool:
+    """Whether a name of timm's registry is one of the quantized variants."""
+    return timm.models.is_model_in_modules(name, {'quant_vision_transformer'})
 
 
 # --- which network it is ----------------------------------------------------------------------------------------------

@@ -22,11 +22,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import _quan_base
 import quant_vision_transformer  # noqa: F401  registers the networks that packed files hold
 from _quan_base import ActQ, code_range, is_calibrated, named_quantizers
 from checkpoints.building import build_described, check_described
-from checkpoints.descriptions import FORMAT_VERSION, ModelInfo, shown
+from checkpoints.descriptions import FORMAT_VERSION, ModelInfo
 from checkpoints.states import some
+from console.mistakes import shown
 from files.paths import check_file, fault
 from utils import UserError, write_whole
 
@@ -70,7 +72,7 @@ class PackedFile(NamedTuple):
             shape, scale = torch.Size(code['shape']), state[f'{name.removesuffix("weight")}alpha']
             codes = unpack_codes(self.tensors[name], code['bits'], shape.numel()).view(shape)
             state[name] = codes.to(scale.dtype) * scale.view(-1, *[1] * (len(shape) - 1))
-        return state
+        return {name: _quan_base.alpha_of(value) if name.endswith('.alpha') else value for name, value in state.items()}
 
     def shapes(self) -> dict[str, Tensor]:
         """`state` with the weights on the meta device: their shapes, without unpacking their codes."""
@@ -171,6 +173,11 @@ def write_packed(model: nn.Module, info: ModelInfo, path: str | Path) -> PackedF
         raise UserError('the network is a full-precision one: pack a quantized checkpoint')
     if not is_calibrated(model):
         raise UserError('the network has no steps yet: pack a trained or calibrated checkpoint')
+    lost = [name for name, quantizer in quantizers.items() if not torch.allclose(
+        _quan_base.learned_scale(_quan_base.alpha_of(quantizer.scale)), quantizer.scale, rtol=1e-3)]
+    if lost:
+        raise UserError(f'the scales of {some(lost, 3)} would not come back from a file: alpha_of in _quan_base.py '
+                        'has to undo learned_scale there')
     state = model.state_dict() | {f'{name}.alpha': quantizer.scale for name, quantizer in quantizers.items()}
     tensors = {name: pack_codes(layers[name].to_int().cpu(), bits) if name in layers else
                state[name].float().cpu().contiguous() for name, bits, *_ in packed_layout(model)}
@@ -213,7 +220,8 @@ def read_packed(path: str | Path) -> PackedFile:
     except Exception as error:  # safetensors raises its own, and others for a damaged header
         if reason := fault(error):
             raise UserError(f'{path} cannot be read ({reason})') from error
-        raise UserError(f'{path}: truncated or damaged, or not a safetensors file') from error
+        raise UserError(f'{path}: truncated or damaged, or not a safetensors file (deploy.py pack makes one)'
+                        ) from error
     if ENTRY not in metadata:
         raise UserError(f'{path}: not a packed Q-ViT file: make one with deploy.py pack')
     try:

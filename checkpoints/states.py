@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import _quan_base
 from utils import UserError
 
 __all__ = ['check_fits', 'check_finite', 'check_shapes', 'check_steps', 'is_quantizer_entry', 'load_quantized',
@@ -112,7 +113,7 @@ def check_steps(state: dict[str, Tensor], where: str) -> None:
         UserError: `where` begins the message.
     """
     wrong = [name for name, value in state.items() if value.is_floating_point() and (
-        name.endswith('.alpha') and bool((value <= 0).any())
+        name.endswith('.alpha') and bool((_quan_base.learned_scale(value) <= 0).any())
         or name.endswith(('.init_state', '.signed')) and not bool(((value == 0) | (value == 1)).all()))]
     if wrong:
         raise UserError(f'{where}: the quantizers of {some(wrong, 3)} have steps that are not positive, or a state '

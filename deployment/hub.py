@@ -21,7 +21,6 @@ from timm.models import save_for_hf
 from checkpoints.files import write_checkpoint
 from checkpoints.networks import OpenedNetwork, open_checkpoint, open_network
 from checkpoints.packed import is_packed, read_packed
-from deployment.predictor import NAMED_BY
 from files.paths import parse_json, read_text
 from utils import UserError, write_whole
 
@@ -30,13 +29,17 @@ __all__ = ['pull', 'push']
 PLAIN, PACKED, CONFIG = 'model.safetensors', 'model.qvit.safetensors', 'config.json'
 
 
-def push(path: Path, repo_id: str, private: bool = False) -> str:
+def push(path: Path, repo_id: str, private: bool = False, model: str | None = None) -> str:
     """Uploads the network of a checkpoint or a packed file, with its card; returns the address.
+
+    Args:
+        private: a new repository is not shown to others.
+        model: the network, where the file does not say it.
 
     Raises:
         UserError: the file is none, the package huggingface_hub is missing, or the hub refuses or cannot be reached.
     """
-    opened = open_network(path, what=NAMED_BY)
+    opened = open_network(path, model)
     with TemporaryDirectory() as folder:
         _write_folder(Path(folder), path, opened)
         with _the_hub(repo_id) as hub:

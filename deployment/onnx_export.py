@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from checkpoints.networks import ModelInfo
+from datasets import build_transform
 from deployment.integer import IntAttention, IntBlock, IntegerViT, IntLinear
 from models import is_quantized
 from quant_vision_transformer import QVisionTransformer
@@ -279,6 +281,18 @@ def _check_full_precision(model: VisionTransformer) -> None:
         raise UserError(f'{type(model).__name__}: only a DeiT (class token, LayerNorm, GELU, heads) can be exported')
 
 
+def _preprocessing(info: ModelInfo) -> dict[str, Any]:
+    """What `build_transform` does to a picture in evaluation, in plain values: the input that the network was trained
+    for. `resize` is of the shorter side where it is one number, else of height and width."""
+    transform = build_transform(False, info.input_size, info.data_set or 'IMNET', normalization=info.normalization)
+    steps = {type(step).__name__: step for step in transform.transforms}
+    crop = {'center_crop': steps['CenterCrop'].size} if 'CenterCrop' in steps else {}
+    colors = 'grey' if info.normalization.in_chans == 1 else 'RGB'
+    return {'colors': f'{colors}, from 0 to 1', 'resize': steps['Resize'].size,
+            'interpolation': steps['Resize'].interpolation.value, **crop,
+            'mean': list(steps['Normalize'].mean), 'std': list(steps['Normalize'].std)}
+
+
 def _metadata(network: nn.Module, weights: str, quantized: nn.Module | None, info: ModelInfo | None) -> dict[str, str]:
     """The properties of the ONNX model, all of them strings."""
     metadata = {'format_version': str(FORMAT_VERSION), 'weights': weights, 'model': info.model if info else '?'}
@@ -287,6 +301,8 @@ def _metadata(network: nn.Module, weights: str, quantized: nn.Module | None, inf
                      'exact': json.dumps(network.exact or weights == 'int4')}
     if quantized is not None:
         metadata['weight_bits'] = str(quantized.quant.weight_bits)
+    if info is not None:
+        metadata['preprocessing'] = json.dumps(_preprocessing(info))
     if info is not None and info.classes:
         metadata['classes'] = json.dumps(info.classes)
     return metadata

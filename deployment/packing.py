@@ -34,7 +34,7 @@ def pack(path: str, model: str | None = None, output: Path | None = None) -> str
     output = output or Path(path).with_suffix(f'.qvit{SUFFIX}')
     if output.suffix != SUFFIX:
         raise UserError(f'--output {output}: choose a name that ends in {SUFFIX}')
-    info, network, _ = open_quantized(path, model, what='--model')
+    info, network, _ = open_quantized(path, model)
     packed = write_packed(network, info, output)
     # The whole `model` entry of the checkpoint counts, with the scales, which the packed file has in float32, too.
     full, size = sum(4 * value.numel() for value in network.state_dict().values()), os.path.getsize(output)

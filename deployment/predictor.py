@@ -8,31 +8,33 @@ from pathlib import Path
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.networks import ModelInfo, OpenedNetwork, open_network
 from deployment.integer import IntegerViT
 from files.images import load_image
 from files.paths import fault
 from models import is_quantized
-from quant_vision_transformer import QVisionTransformer
+from quant_vision_transformer import SIZES
 from utils import UserError, printable
 
-__all__ = ['ARITHMETICS', 'BACKENDS', 'NAMED_BY', 'TERMS', 'Predictor', 'add_arguments', 'build_predictor',
+__all__ = ['ARITHMETICS', 'BACKENDS', 'TERMS', 'Predictor', 'add_arguments', 'build_predictor',
            'class_names', 'likeliest', 'open_quantized', 'read_picture']
 
 Predictor = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, classes)
 TERMS = {'int8': 1, 'int8x2': 2}        # of a folded weight, by the name of the arithmetic
 ARITHMETICS = (*TERMS, 'float')
 BACKENDS = ('auto', 'native', 'torch')
-NAMED_BY = 'deploy.py pack --model NAME'  # names the network of a file that does not
 
 
-def open_quantized(path: str | Path, model: str | None = None, *, what: str = NAMED_BY) -> OpenedNetwork:
+def open_quantized(path: str | Path, model: str | None = None) -> OpenedNetwork:
     """Opens a packed file or a checkpoint as `open_network` does, and refuses networks that are not quantized."""
-    opened = open_network(path, model, what=what)
+    opened = open_network(path, model)
     if not is_quantized(opened.model):
-        raise UserError(f'{path} holds {opened.info.model}, which is not quantized: give a quantized checkpoint')
+        size = next((size for size in SIZES if f'_{size}_' in opened.info.model), 'tiny')
+        raise UserError(f'{path} holds {opened.info.model}, which is of full precision: quantize it first, as with '
+                        f'python main.py --eval --finetune {path} --model fourbits_deit_{size}_patch16_224 --data-path '
+                        'DIR --output_dir out, and take out/calibrated.pth')
     return opened
 
 
@@ -47,12 +49,12 @@ def add_arguments(add: Callable[..., argparse.Action]) -> None:
     add('--device', default='cpu', help='cuda: plain PyTorch there (default: %(default)s)')
 
 
-def build_predictor(model: QVisionTransformer, arithmetic: str = 'int8', backend: str = 'auto', device: str = 'cpu',
+def build_predictor(model: nn.Module, arithmetic: str = 'int8', backend: str = 'auto', device: str = 'cpu',
                     ) -> Predictor:
     """Makes what predicts from images.
 
     Args:
-        model: a calibrated network in evaluation mode.
+        model: a calibrated network in evaluation mode. One of full precision computes in float32, which is said.
         arithmetic: 'int8' or 'int8x2', integers with one or two 8-bit terms of a folded weight; 'float' simulates the
             network in float32.
         backend: 'native' for the compiled kernels, 'torch' for plain PyTorch, 'auto' for the former where there are
@@ -68,6 +70,11 @@ def build_predictor(model: QVisionTransformer, arithmetic: str = 'int8', backend
         raise UserError(f'--device {device} cannot be used ({" ".join(str(error).split())[:100]})') from error
     if backend == 'native' and (arithmetic == 'float' or device != 'cpu'):
         raise UserError('--backend native is for integers on the CPU: choose --arithmetic int8 or int8x2, no --device')
+    if not is_quantized(model):
+        if backend == 'native':
+            raise UserError('--backend native is for integers, the network is of full precision: leave it out')
+        print('a network of full precision: computed in float32')
+        return model
     if arithmetic == 'float':
         return model
     network = IntegerViT(model, TERMS[arithmetic])

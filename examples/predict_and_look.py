@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.images import to_pictures  # noqa: E402
 from analysis.inspection import class_token_maps  # noqa: E402
 from checkpoints.networks import open_network  # noqa: E402
+from console.parser import Parser, file_path, path_text  # noqa: E402
 from datasets import build_transform  # noqa: E402
 from deployment.predictor import class_names, likeliest, read_picture  # noqa: E402
 from utils import entry_point  # noqa: E402
@@ -40,11 +41,12 @@ def predict_and_look(image_file: str, network_file: str, model_name: str | None,
 
 @entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('image', metavar='IMAGE', help='an image file')
-    parser.add_argument('--resume', required=True, metavar='FILE', help='checkpoint or packed file of the network')
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('image', metavar='IMAGE', type=path_text, help='an image file')
+    parser.add_argument('--resume', required=True, metavar='FILE', type=path_text,
+                        help='checkpoint or packed file of the network')
     parser.add_argument('--model', help='its network, where the file does not say')
-    parser.add_argument('--output', type=Path, default=Path('look.png'), help='the picture, .png or .pdf')
+    parser.add_argument('--output', type=file_path, default=Path('look.png'), help='the picture, .png or .pdf')
     args = parser.parse_args()
     predict_and_look(args.image, args.resume, args.model, args.output)
 

@@ -1,15 +1,16 @@
 """Paths that a user names: what is no file to read is refused in one line, before a reader opens it or waits for it."""
 
 import errno
+import hashlib
 import json
 import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils import UserError
+from console.mistakes import UserError
 
-__all__ = ['check_file', 'fault', 'is_folder', 'open_regular', 'parse_json', 'read_text']
+__all__ = ['check_file', 'checksum', 'fault', 'is_folder', 'open_regular', 'parse_json', 'read_text']
 
 # What goes wrong outside the file that is read; other errors of the system follow from what stands in it.
 _OUTSIDE = {errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
@@ -59,11 +60,25 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or is a pipe, a device or a folder.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))  # opening a pipe would wait for a writer
+    # Opening a pipe would wait for a writer; Windows would translate ends of lines.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return open(descriptor, 'rb')
     os.close(descriptor)
     raise OSError('not a regular file')
+
+
+def checksum(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(2 ** 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def fault(error: BaseException) -> str | None:

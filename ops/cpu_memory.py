@@ -13,7 +13,10 @@ def keep_freed_memory() -> None:
     By default much of it goes back to the system, which clears it page by page: a twentieth of a quantized step's time.
     MALLOC_* variables of the environment have precedence.
     """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    try:
+        mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    except TypeError:  # Windows has no library without a name
+        return
     if mallopt is None or any(name.startswith('MALLOC_') for name in os.environ):
         return
     trim_threshold, mmap_threshold, largest = -1, -3, 2 ** 31 - 1  # its names in malloc.h

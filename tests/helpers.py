@@ -94,15 +94,15 @@ class Fork:
 
 
 def fork_ranks(folder: Path, *flags: object, prepare: Callable[[], None] = lambda: None, number: int = 2,
-               ) -> list[Fork]:
-    """Forks that are the ranks of one run, each with its `folder`/<rank>; waits until all ended well."""
+               status: int = 0) -> list[Fork]:
+    """Forks that are the ranks of one run, each with its `folder`/<rank>; waits until all ended with `status`."""
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
     ranks = [Fork(folder / str(rank), *flags, prepare=prepare, RANK=rank, LOCAL_RANK=rank,
                   WORLD_SIZE=number, MASTER_ADDR='localhost', MASTER_PORT=port) for rank in range(number)]
     statuses = [rank.wait() for rank in ranks]
-    assert statuses == [0] * number, ''.join(rank.stderr.read_text() for rank in ranks)
+    assert statuses == [status] * number, ''.join(rank.stderr.read_text() for rank in ranks)
     return ranks
 
 

@@ -7,6 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each part imports only from those of earlier lines, or within its own line.
 ORDER = [
+    ['console'],
     ['utils', 'files', 'samplers', 'models', 'ops'],
     ['_quan_base'],
     ['datasets', 'losses'],

@@ -1,7 +1,9 @@
 """deploy.py on a small network of digits: pack, inspect, eval, predict, onnx; and what is refused, by bench, too."""
 
 import json
+import os
 import re
+import stat
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,11 +11,15 @@ import pytest
 import timm
 import torch
 from helpers import SHARED, require
+from helpers import run as main_run
 from PIL import Image
 
+import cost
 import deploy
 import main
+from _quan_base import first_batch_rule
 from calibration.first_batch import calibrate
+from calibration.scales import weight_scales
 from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, open_network
@@ -21,6 +27,7 @@ from datasets import Digits, build_transform
 from deployment import packing
 from deployment.integer import IntegerViT
 from deployment.predictor import TERMS
+from training import networks
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.slow]
 NAME = 'fourbits_deit_tiny_patch16_224'
@@ -33,6 +40,10 @@ BATCH = ('--num_workers', 0, '--batch-size', 100)
 
 def run(*flags: object) -> int:
     return deploy.main([str(flag) for flag in flags])
+
+
+def least_squares_rule(x, qn, qp):
+    return weight_scales(x, qn, qp), torch.zeros(())
 
 
 def fitted(**kwargs) -> torch.nn.Module:
@@ -103,7 +114,7 @@ def test_pack_of_a_released_file(tmp_path, capsys):
     assert run('pack', path) == 2
     assert 'does not say which network it holds: name it with --model' in capsys.readouterr().err
     assert run('eval', path) == 2
-    assert 'name it with deploy.py pack --model NAME' in capsys.readouterr().err
+    assert 'name it with --model' in capsys.readouterr().err
     assert run('pack', path, '--model', 'fourbit_deit_tiny_patch16_224') == 2
     assert f'did you mean {NAME}' in capsys.readouterr().err
     assert run('pack', path, '--model', NAME) == 0
@@ -246,7 +257,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     ('pack checkpoint.pth --output file.pth', '--output file.pth: choose a name that ends in .safetensors'),
     ('pack checkpoint.pth --output nowhere/file.safetensors', 'cannot be written'),
     ('pack checkpoint.pth --model twobits_deit_tiny_patch16_224', f'model is {NAME} in checkpoint.pth: leave --model'),
-    ('pack teacher.pth', 'teacher.pth holds deit_tiny_patch16_224, which is not quantized'),
+    ('pack teacher.pth', 'teacher.pth holds deit_tiny_patch16_224, which is of full precision'),
     ('pack empty.pth --model ' + NAME, 'the checkpoint holds no vision transformer'),
     ('inspect checkpoint.pth', 'checkpoint.pth: truncated or damaged, or not a safetensors file'),
     ('inspect cut.safetensors', 'cut.safetensors: truncated or damaged'),
@@ -256,6 +267,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     ('eval packed.safetensors --backend native --device cuda:7', '--device cuda:7 cannot be used'),
     ('predict text.pth --packed packed.safetensors --device teapot', '--device teapot cannot be used'),
     ('eval packed.safetensors --limit 0', '--limit 0: choose a value of at least 1'),
+    ('eval packed.safetensors --data-path .', '--data-path .: the data set is DIGITS, which comes with'),
     ('eval packed.safetensors --data-set IMNET', 'packed.safetensors is of IMNET: pass its --data-path'),
     ('eval packed.safetensors --data-set IMNET --data-path nowhere', '--data-path nowhere is not a folder'),
     ('eval packed.safetensors --data-set IMNET --data-path photographs', 'has 1 class folders, not 10'),
@@ -315,3 +327,92 @@ def test_a_calibrated_deit_on_photographs(tmp_path, capsys):
     with torch.no_grad():
         label = model.eval()(transform(Image.open(tench).convert('RGB'))[None]).argmax()
     assert f'({classes[label]})' in capsys.readouterr().out
+
+
+# --- full precision, packed files elsewhere ---------------------------------------------------------------------------
+
+
+def bare_deit(path, classes=1000):
+    torch.manual_seed(0)
+    model = timm.create_model('deit_tiny_patch16_224', num_classes=classes, img_size=32, depth=2)
+    described = ModelInfo('deit_tiny_patch16_224', {'depth': 2}, classes, 32, data_set='DIGITS').to_dict()
+    torch.save({'model': model.state_dict()} | ({'qvit': described} if path.stem == 'described' else {}), path)
+    return model.eval()
+
+
+def test_full_precision_is_evaluated_and_exported(tmp_path, capsys):
+    """Whatever file of it: what cannot be done with full precision says how to quantize it."""
+    path = tmp_path / 'described.pth'
+    bare_deit(path, 10)
+    assert run('eval', path, '--num_workers', 0) == 0
+    said = capsys.readouterr().out
+    assert 'a network of full precision: computed in float32' in said and 'Accuracy of the network in float32' in said
+    accuracy = re.search(r'\* Acc@1 \S+', said)[0]
+    picture = tmp_path / 'a b.png'
+    Image.new('RGB', (40, 40)).save(picture)
+    assert run('predict', picture, '--packed', path, '--top', 1) == 0
+    assert run('eval', path, '--backend', 'native', '--num_workers', 0) == 2
+    for flags in (('--eval', '--resume', path), ('--eval', '--finetune', path, '--model', 'deit_tiny_patch16_224')):
+        assert main_run(*flags, '--num_workers', 0, '--device', 'cpu') == 0
+        assert accuracy in capsys.readouterr().out
+    for command in ('pack', 'bench'):
+        assert run(command, path) == 2
+        said = capsys.readouterr().err
+        assert 'is of full precision: quantize it first' in said and f'--finetune {path}' in said
+        assert 'out/calibrated.pth' in said and said.count('\n') == 1
+
+
+@pytest.mark.parametrize('name', [None, 'deit_tiny_patch16_224'])
+def test_every_command_takes_the_name_of_a_network(tmp_path, capsys, name):
+    path = tmp_path / 'bare.pth'
+    torch.save({'model': timm.create_model('deit_tiny_patch16_224', num_classes=10, img_size=32).state_dict()}, path)
+    picture = tmp_path / 'a.png'
+    Image.new('RGB', (40, 40)).save(picture)
+    named = () if name is None else ('--model', name)
+    for command in (('eval', path, '--num_workers', 0), ('predict', picture, '--packed', path)):
+        assert run(*command, *named) == (2 if name is None else 0)
+        assert ('name it with --model' in capsys.readouterr().err) == (name is None)
+
+
+def test_onnx_of_full_precision(tmp_path, capsys):
+    require('onnx')
+    path = tmp_path / 'described.pth'
+    bare_deit(path)
+    assert run('onnx', path, '--output', tmp_path / 'a.onnx') == 0
+    assert run('onnx', path, '--output', tmp_path / 'a.onnx', '--weights', 'int4') == 2
+    assert '--weights int4' in capsys.readouterr().err
+
+
+def test_packed_files_are_read_by_every_command(packed, tmp_path, capsys):
+    shape = ('--input-size', 32, '--num_workers', 0, '--device', 'cpu')
+    assert main_run('--eval', '--resume', packed, '--num_workers', 0, '--device', 'cpu') == 0
+    accuracy = re.search(r'\* Acc@1 \S+', capsys.readouterr().out)[0]
+    assert run('eval', packed, '--arithmetic', 'float', '--num_workers', 0) == 0
+    assert accuracy in capsys.readouterr().out
+    assert cost.main(['--checkpoint', str(packed)]) == 0
+    assert main_run(*shape, '--resume', packed, '--epochs', 1) == 2
+    assert 'a packed file, which holds no state of training: start from it with --finetune' in capsys.readouterr().err
+    info = open_network(packed).info
+    teacher = networks.build_teacher(None, str(packed), info.num_classes, info.input_size, 'DIGITS').eval()
+    images = torch.randn(2, 3, info.input_size, info.input_size)
+    assert torch.equal(teacher(images), open_network(packed).model(images))
+
+
+def test_a_packed_file_is_for_everybody_to_read(packed):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(os.stat(packed).st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize(('own', 'named', 'word'), [
+    ('four', 'two', 'with more bits'), ('two', 'four', 'with fewer bits'), ('four', 'four', None),
+    ('two', 'two', None)])
+@pytest.mark.parametrize('rule', [first_batch_rule, least_squares_rule])
+def test_a_file_named_as_of_other_bits(own, named, word, rule, tmp_path, capsys):
+    torch.manual_seed(0)
+    source = timm.create_model(f'{own}bits_deit_tiny_patch16_224', img_size=32, num_classes=10)
+    calibrate(source, torch.randn(4, 3, 32, 32), rule)
+    torch.save({'model': source.state_dict()}, tmp_path / 'bare.pth')
+    assert run('pack', tmp_path / 'bare.pth', '--model', f'{named}bits_deit_tiny_patch16_224') == 0
+    said = capsys.readouterr().out
+    assert ('warning' in said) == (word is not None) and (word is None or word in said)

@@ -62,7 +62,7 @@ def test_ranks_end_alike(whole):
     said = (whole / '0/stdout.txt').read_text()
     assert said.count('Max accuracy') == 2 and (whole / '1/stdout.txt').read_text() == ''
     assert f'[{BATCHES - 1}/{BATCHES}]' in said
-    assert '"effective_batch": 256, "scaled_lr": 0.005' in said
+    assert '256 images an update, learning rate 0.005' in said
 
 
 def signal_one() -> None:
@@ -80,7 +80,8 @@ def signal_one() -> None:
 
 def test_ranks_stop_together_and_continue(flags, whole, tmp_path):
     # They agree at the next log line.
-    ranks = fork_ranks(tmp_path, *flags, '--output_dir', tmp_path, '--print-freq', '3', prepare=signal_one)
+    ranks = fork_ranks(tmp_path, *flags, '--output_dir', tmp_path, '--print-freq', '3', prepare=signal_one,
+                       status=143)
     assert 'stopped by a signal in epoch 0 after batch 4 of 5' in ranks[0].stdout.read_text()
     fork_ranks(tmp_path, *flags, '--output_dir', tmp_path, '--resume', 'auto')
     ours, expected = (read_checkpoint(folder / 'checkpoint.pth') for folder in (tmp_path, whole))
@@ -95,7 +96,7 @@ def test_ranks_stop_by_time_however_rare_log_lines_are(tmp_path):
         signal_one()
 
     ranks = fork_ranks(tmp_path, *TINY, '--epochs', 1, '--output_dir', tmp_path, '--print-freq', 1000,
-                       prepare=signal_one_and_ask_often)
+                       prepare=signal_one_and_ask_often, status=143)
     assert 'stopped by a signal in epoch 0 after batch 2 of 5' in ranks[0].stdout.read_text()
     assert [rank.stderr.read_text() for rank in ranks] == ['', '']
     assert read_checkpoint(tmp_path / 'checkpoint.pth')['step'] == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -74,6 +75,30 @@ def test_the_run_is_on_record(student):
     state = read_checkpoint(student / 'best_checkpoint.pth')
     assert state['args'].lr == 2e-2 and state['args'].device == 'cpu'
     assert state['qvit']['classes'] == [str(digit) for digit in range(10)] and state['qvit']['data_set'] == 'DIGITS'
+
+
+def test_the_run_is_readable(student, tmp_path, capsys):
+    """One flag a line that differs from its default, so that nobody looks for it; at the end what there is now."""
+    said = (student / 'said.txt').read_text().splitlines()
+    assert max(map(len, said)) < 400
+    first = next(index for index, line in enumerate(said) if line.startswith('Q-ViT'))
+    assert f'torch {torch.__version__}' in said[first] and f'timm {timm.__version__}' in said[first]
+    last = next(index for index, line in enumerate(said) if line.startswith('  all other flags'))
+    flags = said[first + 1:last]
+    assert '  --lr 0.02' in flags and '  --model-ema' in flags and '  --no-repeated-aug' in flags
+    assert '  --model-kwargs embed_dim=24 depth=2 num_heads=2 patch_size=8' in flags
+    assert not any(line.startswith(('  --sched ', '  --reprob', '  --sources')) for line in flags)
+    assert f'{student}/args.json' in said[last] and '128 images an update, learning rate 0.005' in said[last]
+    # They are a command line of the same run.
+    written = main.parse_args(shlex.split(' '.join(line for line in flags if not line.startswith('  --native'))))
+    record = json.loads((student / 'args.json').read_text())['args']
+    assert {name: value for name, value in vars(written).items() if record[name] != value}.keys() <= {'native_kernels'}
+
+    end = said[next(index for index, line in enumerate(said) if line.startswith('Training time')) + 1:]
+    best = max(json.loads(line)['test_acc1'] for line in (student / 'log.txt').read_text().splitlines())
+    assert end[0].startswith(f'{best:.2f} % top-1: {student}/best_checkpoint.pth')
+    for command in (line.partition(': ')[2] for line in '\n'.join(end).splitlines()[2:]):
+        assert command.startswith(('python main.py --eval', 'python deploy.py pack')) and str(student) in command
 
 
 def test_tensorboard(student):

@@ -43,12 +43,20 @@ class DataSource(Reading):
         data_path: its folder; DIGITS needs none.
         eval_crop_ratio: see `datasets.build_transform`.
         normalization: of the images, which says whether they are grey.
+
+    Raises:
+        UserError: DIGITS with a folder.
     """
     data_set: str
     data_path: str | None
     input_size: int
     eval_crop_ratio: float = 0.875
     normalization: Normalization = IMAGENET
+
+    def __post_init__(self) -> None:
+        if self.data_set == 'DIGITS' and self.data_path is not None:
+            raise UserError(f'--data-path {self.data_path}: the data set is DIGITS, which comes with scikit-learn and '
+                            'has no folder: leave it out, or name the --data-set of the folder')
 
     def part(self, is_train: bool, transform: Callable, num_classes: int | None = None) -> Dataset:
         """The training or the evaluation part, see `datasets.build_dataset`."""

@@ -94,13 +94,15 @@ def _numbers(statistics: CodeStatistics) -> dict[str, float]:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def warning_lines(model: nn.Module, found: Found, progress: float) -> list[str]:
+def warning_lines(model: nn.Module, found: Found, progress: float, is_fitted: bool = False) -> list[str]:
     """A line for each kind of trouble: the worst place, in how many it is found, and what to try.
 
     Args:
         found: of `Diagnostics.measure`.
         progress: done share of the run, in [0, 1].
+        is_fitted: the quantizers began fitted to a full-precision network, which is not recommended again.
     """
+    start = '' if is_fitted else 'a start by --finetune and --calibration mse, or '
     bits = {name: module.bits if isinstance(module, ActQ) else module.weight_bits
             for name, module in named_quantizers(model)}
     lines = []
@@ -116,11 +118,11 @@ def warning_lines(model: nn.Module, found: Found, progress: float) -> list[str]:
 
     used = {name: entry['entropy'] for name, entry in found.items() if name.endswith(('.q_act', '.k_act'))}
     warn({name: 1 - value / bits[name] for name, value in used.items()}, 1 - LOW_ENTROPY,
-         'uses {used:.1f} of {bits} bits', '--calibration mse or a lower --lr', used=used, bits=bits)
+         'uses {used:.1f} of {bits} bits', f'{start}a lower --lr', used=used, bits=bits)
     warn({name: entry['clipped'] for name, entry in found.items()}, MANY_CLIPPED, 'clips {share:.0%} of its values',
-         '--calibration mse or a lower --step-lr-scale')
+         f'{start}a lower --step-lr-scale')
     warn({name: entry['dead'] for name, entry in found.items()}, MANY_DEAD, 'has one code only in {share:.0%} of its '
-         'channels', '--calibration mse or a lower --lr')
+         'channels', f'{start}a lower --lr')
     if progress > OSCILLATING_FROM:
         for what, say in (('oscillating', 'has {share:.0%} of its weights oscillating'),
                           ('changed', 'changed {share:.0%} of its codes in this epoch')):

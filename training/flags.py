@@ -7,11 +7,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from checkpoints.descriptions import LARGEST_IMAGE, MOST_CLASSES, shown
-from datasets import DATASETS, INAT_CATEGORIES
+from console.mistakes import UserError, closest, shown
+from console.parser import LARGEST_IMAGE, MOST_CLASSES, path_text
 from files.paths import read_text
-from files.readers import READERS
-from utils import UserError, closest
 
 __all__ = ['HelpFormatter', 'add_data_arguments', 'bits', 'class_count', 'config_flags', 'crop_ratio', 'exponent',
            'few', 'frequency', 'image_size', 'non_negative', 'non_negative_int', 'positive', 'positive_int', 'seed',
@@ -82,15 +80,18 @@ frequency = number(float, 'one value between 0 and 1, or two', lambda value: 0 <
 def add_data_arguments(add: Callable[..., argparse.Action], data_set: str) -> None:
     """Adds the flags that say where images come from and how they are read, the same for all commands.
 
+    The names in their help are spelled out: what knows them takes seconds to import, which --help shall not.
+
     Args:
         data_set: what is taken without --data-set, for its help.
     """
-    add('--data-path', metavar='DIR', help='folder of the data set')
-    add('--data-set', metavar='NAME', help=f'{", ".join(DATASETS)}, or, by timm\'s readers, '
-        f'{", ".join(f"{prefix}/..." for prefix in READERS)}; {data_set}')
-    add('--inat-category', default='name', metavar='NAME', help=', '.join(INAT_CATEGORIES) + '; (default: %(default)s)')
-    add('--class-map', metavar='FILE', help='names of the classes, one a line, in the order of their labels; others '
-        'are left out of folders')
+    add('--data-path', metavar='DIR', type=path_text, help='folder of the data set')
+    add('--data-set', metavar='NAME', help='IMNET, CIFAR (CIFAR-100), CIFAR10, INAT, INAT19 or DIGITS, or, by timm\'s '
+        f'readers, hfds/..., hfids/..., tfds/..., wds/..., torch/...; {data_set}')
+    add('--inat-category', default='name', metavar='NAME', help='kingdom, phylum, class, order, '
+        'supercategory, family, genus or name (default: %(default)s)')
+    add('--class-map', metavar='FILE', type=path_text, help='names of the classes, one a line, in the order of '
+        'their labels; others are left out of folders')
     add('--train-split', default='train', metavar='NAME', help="a reader's name of the training part")
     add('--val-split', default='validation', metavar='NAME', help="a reader's name of the evaluation part")
     add('--input-key', metavar='NAME', help="a reader's name of the image")
@@ -123,12 +124,28 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     return flags
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that come twice, of which YAML would take the last, and keys without a value, which it takes for
+    null: a slip where somebody meant to write one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value.replace('-', '_') in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'{shown(key.value)} comes twice', key.start_mark)
+            if isinstance(value, yaml.ScalarNode) and value.value == '' and value.style is None:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'{shown(key.value)} has no value: write one, or null', key.start_mark)
+            seen.add(str(key.value).replace('-', '_'))
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: str) -> dict[Any, Any]:
     if not os.path.lexists(path):
         raise UserError(f'--config {path}: No such file or directory')
     text = read_text(path, f'--config {path}')
     try:
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _Loader)
     # Of constructors: a number of thousands of digits, an impossible date, a key that is a list.
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f'--config {path} is not YAML: {" ".join(str(error).split())[:200]}') from error

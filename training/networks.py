@@ -17,17 +17,16 @@ from _quan_base import is_calibrated, named_quantizers
 from calibration.closed_form import calibrate_to_full_precision
 from calibration.first_batch import calibrate
 from calibration.reconstruction import Reconstruction, reconstruct
-from checkpoints.files import read_checkpoint
 from checkpoints.full_precision import load_full_precision
-from checkpoints.networks import ModelInfo, create_network, load_quantized, network_info, state_of
+from checkpoints.networks import ModelInfo, create_network, load_quantized, network_info, read_network, state_of
 from losses import Distillation, DistillationLoss, check_dgd_compatible
 from models import Teacher, is_quantized
 from training.data import Mixing
 from utils import UserError, rng_states, set_rng_state
 
 __all__ = ['CALIBRATIONS', 'FREEZINGS', 'build_criterion', 'build_student', 'build_teacher', 'calibrate_student',
-           'check_same_classes', 'checkpoint_gradients', 'freeze_all_but', 'settle_buckets', 'settle_dgd_weight',
-           'wrap']
+           'check_has_classes', 'check_same_classes', 'checkpoint_gradients', 'freeze_all_but', 'settle_buckets',
+           'settle_dgd_weight', 'wrap']
 
 FREEZINGS = ('all-but-quantizers', 'all-but-heads')
 CALIBRATIONS = {'published': 64, 'mse': 64, 'reconstruct': 1000}  # with the images that each takes unless told
@@ -82,6 +81,18 @@ def check_same_classes(path: str, info: ModelInfo, classes: Sequence[str]) -> No
                         'start anew with --finetune')
 
 
+def check_has_classes(path: str, checkpoint: Mapping[str, Any], num_classes: int, data_set: str) -> None:
+    """Refuses to evaluate what a checkpoint cannot know: heads for other classes would start anew.
+
+    Args:
+        path: of the checkpoint, for the message.
+    """
+    head = state_of(checkpoint).get('head.weight')
+    if head is not None and head.ndim and len(head) != num_classes:
+        raise UserError(f'{path} has {len(head)} classes, {data_set} has {num_classes}: without training it knows only '
+                        'its own, name their images with --data-path')
+
+
 def calibrate_student(student: nn.Module, images: Tensor, calibration: str,
                       reconstruction: Reconstruction | None = None, progress: Path | None = None) -> None:
     """Gives the quantizers their scales, alike on all ranks.
@@ -110,7 +121,8 @@ def build_teacher(name: str | None, path: str | None, num_classes: int, input_si
     Args:
         name: timm's; None where the file says it.
         path: of its checkpoint; None or '' for timm's pretrained weights.
-        num_classes, input_size, data_set, in_chans: those of the run, which it has to fit.
+        num_classes, input_size, data_set, in_chans: those of the run, which it has to fit; the data set's name is for
+            messages.
 
     Raises:
         UserError: its weights cannot be had, or it is for other images or classes.
@@ -126,13 +138,13 @@ def build_teacher(name: str | None, path: str | None, num_classes: int, input_si
 
 def _check_classes(teacher: str, teacher_classes: int, num_classes: int, data_set: str) -> None:
     if teacher_classes != num_classes:
-        raise UserError(f'the teacher {teacher} has {teacher_classes} classes, {data_set} has {num_classes}: choose a '
-                        'teacher of this data set')
+        raise UserError(f'the teacher {teacher} has {teacher_classes} classes, {data_set} has {num_classes}: train a '
+                        'full-precision network on it first, as README says, and name it with --teacher-path')
 
 
 def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size: int, data_set: str, in_chans: int,
                        ) -> nn.Module:
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_network(path)
     if 'qvit' in checkpoint:
         return _described_teacher(name, path, checkpoint, num_classes, input_size, data_set, in_chans)
     if name is None:

@@ -1,6 +1,7 @@
 """What a run records of itself in its output folder: args.json, log.txt, TensorBoard, and the model card."""
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from analysis.logs import parse_epoch
 from analysis.model_card import write_model_card
 from checkpoints.networks import ModelInfo
 from files.samples import first_images
+from models import is_quantized
 from training.diagnostics import Diagnostics, warning_lines
 from training.state import Training
-from utils import MetricLogger, UserError, write_whole_text
+from utils import MetricLogger, UserError, printable, write_whole_text
 
-__all__ = ['RunRecord', 'describe_run', 'keep_log_before', 'write_args']
+__all__ = ['RunRecord', 'describe_run', 'keep_log_before', 'run_lines', 'write_args']
 
 DIAGNOSED_IMAGES = 16
 
@@ -37,6 +39,31 @@ def describe_run(flags: Mapping[str, Any], device: torch.device) -> dict[str, An
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     return {'args': dict(flags), 'git_commit': commit, 'python': sys.version.split()[0], 'torch': torch.__version__,
             'timm': timm.__version__, 'cuda': torch.version.cuda, 'gpu': gpu, 'command': sys.argv}
+
+
+def run_lines(run: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """What `describe_run` gives, to be read: versions, then one flag a line as a command line has it.
+
+    Args:
+        run: with what the learning rate follows from, effective_batch and scaled_lr.
+        defaults: the flags of an empty command line. Flags that have these are left out.
+    """
+    flags = {name: value for name, value in run['args'].items() if name in defaults and value != defaults[name]}
+    versions = ', '.join(f'{name} {run[name]}' for name in ('python', 'torch', 'timm', 'cuda', 'gpu') if run[name])
+    where = run['args'].get('output_dir')
+    return [f'Q-ViT{" at " + run["git_commit"] if run["git_commit"] else ""}, {versions}',
+            *(f'  {_as_flag(name, value)}' for name, value in flags.items()),
+            f'  all other flags are at their defaults (--help{", " + where + "/args.json" if where else ""}); '
+            f'{run["effective_batch"]} images an update, learning rate {run["scaled_lr"]:.6g}']
+
+
+def _as_flag(name: str, value: Any) -> str:
+    flag = f'--{name.replace("_", "-")}'
+    if isinstance(value, bool):
+        return flag if value else f'--no-{flag[2:]}'
+    items = [f'{key}={item}' for key, item in value.items()] if isinstance(value, dict) else (
+        value if isinstance(value, list) else [value])
+    return ' '.join([flag, *(shlex.quote(printable(str(item))) for item in items)])
 
 
 def write_args(run: Mapping[str, Any], folder: Path) -> None:
@@ -119,7 +146,8 @@ class RunRecord:
         self._write_log({f'train_{name}': value for name, value in train_stats.items()} | test_stats)
         quantizers = self.diagnostics.measure()
         self._write_tensorboard(test_stats, quantizers)
-        for warning in warning_lines(self.training.model, quantizers, progress):
+        is_fitted = bool(self.flags.get('finetune')) and self.flags.get('calibration') != 'published'
+        for warning in warning_lines(self.training.model, quantizers, progress, is_fitted):
             print(warning)
 
     def _write_log(self, stats: dict[str, float]) -> None:
@@ -141,6 +169,18 @@ class RunRecord:
     def _add(self, name: str, value: float, at: int) -> None:
         if self.writer is not None:
             self.writer.add_scalar(name, value, at)
+
+    def summary(self) -> str:
+        """Where the results of the finished run are, and which commands take them."""
+        folder, best = self.folder, shlex.quote(str(self.folder / 'best_checkpoint.pth'))
+        data = f' --data-path {shlex.quote(str(self.flags["data_path"]))}' if self.flags.get('data_path') else ''
+        lines = [f'{self.training.max_accuracy:.2f} % top-1: {folder / "best_checkpoint.pth"}, with model_card.md; the '
+                 'last epoch: checkpoint.pth', f'its course: {folder / "log.txt"}, or tensorboard --logdir '
+                 f'{shlex.quote(str(folder))}; its flags: args.json',
+                 f'evaluate it: python main.py --eval --resume {best}{data}']
+        if is_quantized(self.training.model):
+            lines.append(f'pack it: python deploy.py pack {best}')
+        return '\n'.join(lines)
 
     def model_card(self) -> None:
         """Writes the card of best_checkpoint.pth by what is recorded so far."""

@@ -1,20 +1,24 @@
 """How a training run goes on from a checkpoint, and what it says of the parts that it cannot take."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from checkpoints.entries import check_entries, check_moments
+from checkpoints.files import local_file
 from checkpoints.networks import load_quantized
+from files.paths import checksum
 from training.methods.registry import METHODS
 from training.optimizer import OptimizerConfig
 from training.schedule import ScheduleConfig
 from training.state import Training
 from utils import Ranks, UserError, set_rng_state
 
-__all__ = ['Position', 'resume', 'resume_and_say']
+__all__ = ['SOURCES', 'Position', 'check_sources', 'resume', 'resume_and_say', 'sources_of']
 
 FOREIGN = ['not written by this code']
+SOURCES = ('finetune', 'teacher_path', 'soft_labels')  # the files that a run is made of, by the flags that name them
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,39 @@ class Position:
     repeated_aug: bool
     seed: int
     data_set: str
+
+
+def sources_of(flags: Mapping[str, Any]) -> dict[str, str]:
+    """The checksums of the files that the flags name as a run's sources, by flag."""
+    return {name: checksum(local_file(flags[name])) for name in SOURCES if flags.get(name)}
+
+
+def check_sources(path: str, checkpoint: dict[str, Any], flags: Mapping[str, Any], is_asked_for: bool,
+                  ) -> dict[str, str]:
+    """Looks whether the files that the flags name are still those that the run of the checkpoint is made of.
+
+    Args:
+        path: of the checkpoint.
+        is_asked_for: the user named it, and so is warned only; `--resume auto` would continue unseen what a repeated
+            command line is no longer about.
+
+    Returns:
+        The checksums of the run's sources; where the flags name none, those that the checkpoint says.
+
+    Raises:
+        UserError: one of them has other contents than when the run began.
+    """
+    before = getattr(checkpoint.get('args'), '__dict__', {}).get('sources')
+    before = before if isinstance(before, dict) else {}
+    sources = sources_of(flags)
+    for name in sources:
+        if name in before and before[name] != sources[name]:
+            changed = f'--{name.replace("_", "-")} {flags[name]} is another file than the one that {path} was made of'
+            if not is_asked_for:
+                raise UserError(f'--resume auto: {changed}: name another --output_dir to start anew, or '
+                                f'--resume {path} to go on with it all the same')
+            print(f'warning: {changed}')
+    return before | sources
 
 
 def resume(training: Training, checkpoint: dict[str, Any], position: Position, optimizer: OptimizerConfig,

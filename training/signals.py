@@ -53,16 +53,23 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._number = signal.SIGTERM  # what a rank has had that stops because another one was asked to
 
-    def _request(self, *_: Any) -> None:
-        self.requested = True
+    @property
+    def exit_status(self) -> int:
+        """What a shell reports of a process that this signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + self._number
+
+    def _request(self, number: int, *_: Any) -> None:
+        self.requested, self._number = True, number
 
     def _listen(self, signals: int) -> None:
         first = None
         while number := os.read(signals, 1)[0]:
             if number not in self._previous:
                 continue
-            self.requested, now = True, time.monotonic()
+            self._request(number)
+            now = time.monotonic()
             first = first or now
             if now - first > SAME_SIGNAL:
                 if speaks_for_run():
@@ -71,7 +78,8 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         signals, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)
+        if hasattr(os, 'set_blocking'):  # older Pythons on Windows have it not
+            os.set_blocking(self._pipe, False)
         self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         self._wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, args=(signals,), daemon=True)
@@ -97,6 +105,8 @@ def outlive_signals(_worker: int) -> None:
     """
     signal.set_wakeup_fd(-1)  # a fork has the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, 'alarm'):  # Windows ends processes without signals
+        return
     if not hasattr(signal, 'sigwaitinfo'):  # macOS does not tell who sent a signal
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
         return

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import SHARED, require
 from timm.data import ImageNetInfo
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
 
 import quant_vision_transformer  # noqa: F401  registers the variants
@@ -228,6 +229,9 @@ def test_metadata(tmp_path):
     file = onnx.load(tmp_path / 'a.onnx')
     properties = {entry.key: entry.value for entry in file.metadata_props}
     assert json.loads(properties.pop('classes')) == info.classes
+    assert json.loads(properties.pop('preprocessing')) == {
+        'colors': 'RGB, from 0 to 1', 'resize': 256, 'interpolation': 'bicubic', 'center_crop': [224, 224],
+        'mean': list(IMAGENET_DEFAULT_MEAN), 'std': list(IMAGENET_DEFAULT_STD)}
     assert file.producer_name == 'q-vit' and properties == {
         'format_version': '1', 'model': info.model, 'weights': 'int8', 'weight_bits': '3', 'activation_bits': '3',
         'exact': 'false'}

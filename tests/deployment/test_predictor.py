@@ -48,7 +48,7 @@ def test_full_precision_is_refused(tmp_path):
     model = timm.create_model('deit_tiny_patch16_224', depth=1, num_classes=4)
     info = ModelInfo('deit_tiny_patch16_224', {'depth': 1}, 4, 224)
     torch.save({'model': model.state_dict(), 'qvit': info.to_dict()}, tmp_path / 'a.pth')
-    with pytest.raises(UserError, match='a.pth holds deit_tiny_patch16_224, which is not quantized'):
+    with pytest.raises(UserError, match='a.pth holds deit_tiny_patch16_224, which is of full precision: quantize'):
         open_quantized(tmp_path / 'a.pth')
 
 

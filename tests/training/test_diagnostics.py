@@ -79,10 +79,12 @@ def test_a_warning_names_the_worst_place_and_what_to_try():
         return {name: entry | entries.get(name.split('.')[-1], {}) for name, entry in quiet.items()}
 
     assert warning_lines(model, changed(q_act={'entropy': 1.2}, k_act={'entropy': 1.9}, attn_act={'entropy': 0.}), 1.
-                         ) == ['warning: blocks.0.attn.q_act (and 1 more) uses 1.2 of 4 bits: try --calibration mse or '
-                               'a lower --lr']
+                         ) == ['warning: blocks.0.attn.q_act (and 1 more) uses 1.2 of 4 bits: try a start by '
+                               '--finetune and --calibration mse, or a lower --lr']
+    line, = warning_lines(model, changed(q_act={'entropy': 1.2}), 1., is_fitted=True)
+    assert line.endswith('uses 1.2 of 4 bits: try a lower --lr')
     line, = warning_lines(model, changed(v_act={'clipped': 0.8}), 1.)
-    assert line.startswith('warning: blocks.0.attn.v_act clips 80% of its values: try --calibration mse')
+    assert line.startswith('warning: blocks.0.attn.v_act clips 80% of its values: try a start by --finetune and ')
     line, = warning_lines(model, changed(fc2={'dead': 0.3}), 1.)
     assert line.startswith('warning: blocks.0.mlp.fc2 has one code only in 30% of its channels: try ')
     line, = warning_lines(model, changed(fc1={'oscillating': 0.4}), 1.)

@@ -10,6 +10,7 @@ import soft_labels
 import visualize
 from benchmarks.inference import Conditions
 from checkpoints.networks import ModelInfo
+from console.parser import path_text
 from training.checks import check_args
 from training.networks import check_same_classes
 from utils import UserError
@@ -26,7 +27,7 @@ def check(*flags: str) -> None:
     check_args(main.parse_args(['--device', 'cpu', *flags]))
 
 
-NUMERIC = [action for action in main.get_args_parser()._actions if action.type not in (None, str)
+NUMERIC = [action for action in main.get_args_parser()._actions if action.type not in (None, str, path_text)
            and action.dest != 'model_kwargs']
 
 
@@ -45,7 +46,7 @@ def test_no_number_of_main_is_without_bounds(action, value):
     ('--decay-rate 2', '--decay-rate 2.0: choose at most 1'), ('--cutmix-minmax 0.5 0.2', 'choose two rising values'),
     ('--recount 1001', '--recount 1001: choose a value of at most 1000'),
     ('--input-size 100000', '--input-size 100000: choose a value above 0 and up to 4096'),
-    ('--num_workers 100000', '--num-workers 100000: choose a value of at most 1024'),
+    ('--num-workers 100000', '--num_workers 100000: choose a value of at most 1024'),
     ('--eval-crop-ratio 1e-9', '--eval-crop-ratio 1e-09: choose a value above 0, from 0.05 to 1'),
     ('--model-kwargs depth=100000', '--model-kwargs depth=100000: choose a whole number from 1 to 1000'),
     ('--model-kwargs drop_rate=nan', "--model-kwargs drop_rate='nan': choose a number from 0 to 1"),
@@ -61,7 +62,7 @@ def test_what_runs_use_is_taken():
 
 
 @pytest.mark.parametrize(('command', 'flags', 'line'), [
-    (deploy, 'eval x --num_workers -1', '--num-workers -1: choose a value of at least 0'),
+    (deploy, 'eval x --num-workers -1', '--num_workers -1: choose a value of at least 0'),
     (deploy, 'eval x --eval-crop-ratio nan', '--eval-crop-ratio nan: choose'),
     (deploy, 'eval x --limit 99999999999', '--limit 99999999999: choose a value of at most'),
     (deploy, 'predict x --packed y --top 0', '--top 0: choose a value of at least 1'),
@@ -98,6 +99,8 @@ def test_threads_have_an_upper_end():
     (b'lr: ' + b'9' * 5000, 'is not YAML'), (b'lr: 2024-13-45', 'is not YAML'), (b'? [1]\n: 2', 'is not YAML'),
     (b'lr: !!python/object/apply:os.system [x]', 'is not YAML'), (b'lr: {a: {b: 1}}', 'lr is {'),
     (b'lr: [[1]]', 'lr is [[1]], which is no value of a flag'), (b'3: 4', '3 is no flag'),
+    (b'lr: 1\nlr: 2', "'lr' comes twice"), (b'min-lr: 1\nmin_lr: 2', "'min_lr' comes twice"),
+    (b'lr:\nepochs: 3', "'lr' has no value: write one, or null"),
     (b'"\\e[2J": 4', "'\\x1b[2J' is no flag"), (b'lr: 2024-01-01', 'which is no value of a flag')])
 def test_files_that_are_no_recipe(text, line, tmp_path):
     (tmp_path / 'x.yaml').write_bytes(text)

@@ -13,7 +13,8 @@ import torch
 from helpers import TINY, Fork, assert_same, run, run_and_keep
 
 import engine
-from checkpoints.files import read_checkpoint
+from checkpoints.files import read_checkpoint, write_checkpoint
+from files.paths import checksum
 from training.state import Training
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.whole_run]
@@ -77,7 +78,7 @@ def test_a_signal_ends_the_batch_and_the_run_continues_there(
 
     monkeypatch.setattr(Training, 'update', update_and_signal)
     before = signal.getsignal(number)
-    assert run(*flags, '--output_dir', tmp_path, '--num_workers', workers) == 0
+    assert run(*flags, '--output_dir', tmp_path, '--num_workers', workers) == 128 + number
     assert len(calls) == at
     assert signal.getsignal(number) == before
     epoch, batches = divmod(at, BATCHES)
@@ -98,7 +99,7 @@ def test_a_signal_during_evaluation(flags, whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, 'evaluate', signal_and_evaluate)
-        assert run(*flags, '--output_dir', tmp_path) == 0
+        assert run(*flags, '--output_dir', tmp_path) == 143
     state = read_checkpoint(tmp_path / 'checkpoint.pth')
     assert (state['epoch'], state['step'], state['max_accuracy']) == (0, BATCHES, -1)
     assert not (tmp_path / 'log.txt').exists()
@@ -130,7 +131,7 @@ def test_stops_between_updates_only(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, 'update', signal_in_the_next_batch)
-        assert run(*accumulating, '--output_dir', tmp_path) == 0
+        assert run(*accumulating, '--output_dir', tmp_path) == 143
     assert read_checkpoint(tmp_path / 'checkpoint.pth')['step'] == 4
     assert run(*accumulating, '--output_dir', tmp_path, '--resume', 'auto') == 0
     ours, expected = (read_checkpoint(folder / 'checkpoint.pth') for folder in (tmp_path, tmp_path / 'whole'))
@@ -178,3 +179,34 @@ def test_other_classes_or_damaged_entries_are_refused_in_one_line(flags, whole, 
         assert run(*flags, '--output_dir', tmp_path, '--resume', 'auto') == 2
         err = capsys.readouterr().err
         assert line in err and err.count('\n') == 1
+
+
+# --- the files that a run is made of ----------------------------------------------------------------------------------
+
+
+def test_a_changed_teacher_or_start_is_noticed(teacher_path, tmp_path, capsys):
+    """What a repeated command line resumes is a student of the file that is named now."""
+    teacher, start, out = tmp_path / 'teacher.pth', tmp_path / 'start.pth', tmp_path / 'out'
+    shutil.copy(teacher_path, teacher)
+    shutil.copy(teacher_path, start)
+    flags = (*TINY, '--epochs', 1, '--batch-size', 512, '--teacher-path', teacher, '--distillation-type', 'hard',
+             '--finetune', start, '--output_dir', out, '--resume', 'auto')
+    assert run(*flags) == 0 and run(*flags) == 0
+    assert 'another file' not in capsys.readouterr().out
+    other = read_checkpoint(teacher_path)
+    other['model']['head.bias'] += 1
+    for path, flag in ((teacher, '--teacher-path'), (start, '--finetune')):
+        before = path.read_bytes()
+        write_checkpoint(other, path)
+        assert run(*flags) == 2
+        said = capsys.readouterr().err
+        assert f'{flag} {path} is another file than the one that {out / "checkpoint.pth"} was made of' in said
+        assert 'name another --output_dir' in said and said.count('\n') == 1
+        path.write_bytes(before)
+    # A checkpoint that is named is continued, with a word, and still says what the run began with.
+    write_checkpoint(other, teacher)
+    named = (*flags[:flags.index('--finetune')], '--epochs', 2, '--output_dir', out, '--resume', out / 'checkpoint.pth')
+    assert run(*named) == 0
+    assert f'warning: --teacher-path {teacher} is another file' in capsys.readouterr().out
+    sources = read_checkpoint(out / 'checkpoint.pth')['args'].sources
+    assert sources == {'finetune': checksum(start), 'teacher_path': checksum(teacher)}

@@ -1,0 +1,1 @@
+"""What every command says and understands, without PyTorch: mistakes in one line, and parsers of command lines."""
