@@ -34,7 +34,8 @@ def predict_and_look(image_file: str, network_file: str, model_name: str | None,
         for probability, name in likeliest(model, image, class_names(info), top=5):
             print(f'{probability:6.1%}  {name}')
         maps = class_token_maps(model, image[None], block=-1).numpy()      # (1, heads, rows, columns)
-    figures.save(figures.attention_figure(to_pictures(image[None]), {'attention': maps}, per_head=False), output)
+    figure = figures.attention_figure(to_pictures(image[None]), {'mean of the heads': maps}, False, 'last block')
+    figures.save(figure, output)
     print(f'-> {output}')
 
 
