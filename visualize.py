@@ -153,7 +153,8 @@ def draw(args: Namespace, figures: ModuleType) -> Iterator[tuple[Path, Any]]:
         blocks = inspection.compare_maps(networks, images, args.blocks)
         for block, maps in blocks.items():
             path = args.output if len(blocks) == 1 else args.output.with_stem(f'{args.output.stem}_block{block}')
-            yield path, figures.attention_figure(to_pictures(images, info.normalization), maps, args.per_head)
+            yield path, figures.attention_figure(to_pictures(images, info.normalization), maps, args.per_head,
+                                                 f'block {block}')
     elif args.command == 'distance':
         yield args.output, figures.distance_figure({
             name: inspection.attention_distances(model, images) for name, model in networks.items()})

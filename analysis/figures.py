@@ -71,9 +71,12 @@ def qk_figure(rows: Mapping[str, Mapping[str, Distribution]]) -> Figure:
                 ax.set_axis_off()
                 continue
             _draw_distribution(ax, row[title])
-        axes[0].set_ylabel(label)
+        axes[0].set_ylabel(label.replace(', head', '\nhead'))
     for ax, title in zip(grid[0], columns, strict=True):
         ax.set_title(title)
+    for column, title in zip(grid.T, columns, strict=True):
+        lowest = next(ax for ax, row in zip(column[::-1], list(rows.values())[::-1], strict=True) if title in row)
+        lowest.set_xlabel('code (share of each)' if title.endswith('codes') else 'value (density)')
     return figure
 
 
@@ -94,8 +97,8 @@ def _draw_distribution(ax: Axes, distribution: Distribution) -> None:
 
 
 @rc_context(STYLE)
-def attention_figure(pictures: np.ndarray, maps: Mapping[str, np.ndarray], per_head: bool) -> Figure:
-    """Attention of the class token over the pictures. All maps of an image share one scale, from 0 to their
+def attention_figure(pictures: np.ndarray, maps: Mapping[str, np.ndarray], per_head: bool, block: str) -> Figure:
+    """Attention of the class token over the pictures. The maps of a network on an image share a scale, from 0 to their
     maximum.
 
     Colours follow the square root of the attention, which else would show few patches but the strongest.
@@ -104,6 +107,7 @@ def attention_figure(pictures: np.ndarray, maps: Mapping[str, np.ndarray], per_h
         pictures: (B, height, width, 3), from 0 to 1.
         maps: by the network's name, (B, H, rows, columns).
         per_head: also draw each head, with a row for each network; else only the mean over the heads, side by side.
+        block: which one it is, for the title.
     """
     titles = list(maps)
     if per_head:
@@ -114,28 +118,33 @@ def attention_figure(pictures: np.ndarray, maps: Mapping[str, np.ndarray], per_h
     else:
         columns, rows = titles, [(image, [(name, None) for name in titles]) for image in range(len(pictures))]
     cell = min(1.5, max(0.8, (WIDTH - 0.6) / (1 + len(columns))))  # below 0.8 inches titles would run together
-    figure = Figure((cell * (1 + len(columns)) + 0.6, 0.3 + cell * len(rows)), layout='constrained')
+    bars = 0.7 * (1 if per_head else len(columns))
+    figure = Figure((cell * (1 + len(columns)) + bars, 0.5 + cell * len(rows)), layout='constrained')
     grid = figure.subplots(len(rows), 1 + len(columns), squeeze=False)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     for axes, (image, cells) in zip(grid, rows, strict=True):
         picture = pictures[image]
-        top = max(_map(maps, image, name, head).max() for name in titles for _, head in cells
-                  if head is None or head < maps[name].shape[1])
         axes[0].imshow(picture)
         if per_head:
             axes[0].set_ylabel(cells[0][0].replace(' (', '\n('))
         for ax, (name, head) in zip(axes[1:], cells, strict=False):
-            values, scale = _map(maps, image, name, head), PowerNorm(0.5, 0, top)
+            values = _map(maps, image, name, head)
+            top = max(_map(maps, image, other, number).max() for other, number in cells if other == name)
+            scale = PowerNorm(0.5, 0, top)
             ax.imshow(0.4 * picture.mean(-1), cmap='gray', vmin=0, vmax=1)
             drawn = ax.imshow(values, norm=scale, alpha=0.25 + 0.75 * np.asarray(scale(values)),
                               extent=(-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5))
+            if not per_head or ax is axes[len(cells)]:
+                bar = figure.colorbar(ScalarMappable(drawn.norm), ax=list(axes) if per_head else ax, aspect=12,
+                                      fraction=0.04 if per_head else 0.06, pad=0.01, ticks=[0, top / 4, top],
+                                      format='%.3f')
+                bar.outline.set_visible(False)
+                bar.set_label('attention')
         for ax in axes[1 + len(cells):]:
             ax.set_visible(False)
-        bar = figure.colorbar(ScalarMappable(drawn.norm), ax=list(axes), fraction=0.04, pad=0.01, aspect=12,
-                              ticks=[0, top / 4, top], format='%.3f')
-        bar.outline.set_visible(False)
+    figure.suptitle(f'attention of the class token to the patches, {block}', fontsize=8)
     for ax, title in zip(grid[0], ['image', *columns], strict=True):
         ax.set_title(title)
     return figure
@@ -221,7 +230,7 @@ def _draw_side(ax: Axes, panel: Sequence[CodeStatistics], most_clipped: float) -
                    label='entropy of the codes / bits (lower axis)')
     ax.set(xlim=(0, 1), ylim=(len(panel) - 0.5, -0.5), xticks=[0, 1], yticks=[])
     upper = ax.twiny()
-    crosses, = upper.plot([item.clipped for item in panel], blocks, 'x', color=DARK, markersize=3,
+    crosses, = upper.plot([item.clipped for item in panel], blocks, 'x', color=DARK, markersize=3, clip_on=False,
                           label='share of clipped values (upper axis)')
     upper.set(xlim=(0, most_clipped), xticks=[0, most_clipped], xticklabels=['0', f'{most_clipped:.0%}'])
     upper.spines.top.set_visible(True)

@@ -105,7 +105,8 @@ def qk_distributions(model: nn.Module, images: Tensor, blocks: Sequence[int], he
     Returns:
         One mapping for the queries and one for the keys of each block, in turn. A full-precision network has the stage
         'full precision', a quantized one 'before IRM', 'after IRM' (one stage, 'before quantization', if it has no IRM)
-        and 'codes'; without quantized attention it has no codes.
+        and 'codes'; without quantized attention it has no codes. Channels whose weight in IRM is next to nothing are
+        left out before and after it.
     """
     found, modules, inputs = [], attentions(model), attention_inputs(model, images)
     for block in blocks:
@@ -121,6 +122,12 @@ def _stage_distributions(stages: Stages, irm: nn.Module | None, heads: list[int]
     projected, rectified = stages.projected[:, heads], stages.rectified[:, heads]
     if irm is None:
         return {'full precision': value_distribution(rectified)}
+    if not isinstance(irm, nn.Identity):
+        # A channel that IRM multiplies by next to nothing never reaches the codes, and may have any values before:
+        # calibration puts what LayerNorm is to subtract there.
+        weight = irm.weight.detach().abs()
+        kept = weight > 1e-2 * weight.max()
+        projected, rectified = projected[..., kept], rectified[..., kept]
     if isinstance(irm, nn.Identity):
         row = {'before quantization': value_distribution(rectified)}
     else:
@@ -145,7 +152,9 @@ def compare_qk(networks: Mapping[str, nn.Module], images: Tensor, blocks: Sequen
     """
     *_, student = networks.values()
     blocks = _counted_from_0('--blocks', blocks, len(student.blocks))
-    rows: dict[str, dict] = {f'{name}, block {block}': {} for block in blocks for name in ('q', 'k')}
+    said = '' if heads is None else f', head{"s" if len(heads) > 1 else ""} ' + ' '.join(map(str, _counted_from_0(
+        '--heads', heads, attentions(student)[0].num_heads)))
+    rows: dict[str, dict] = {f'{name}, block {block}{said}': {} for block in blocks for name in ('q', 'k')}
     for model in networks.values():
         count = attentions(model)[0].num_heads
         chosen = range(count) if heads is None else _counted_from_0('--heads', heads, count)

@@ -35,7 +35,7 @@ def predict_and_look(image_file: str, network_file: str, model_name: str | None,
             print(f'{probability:6.1%}  {name}')
         maps = class_token_maps(model, image[None], block=-1).numpy()      # (1, heads, rows, columns)
     pictures = to_pictures(image[None], info.normalization)
-    figures.save(figures.attention_figure(pictures, {'attention': maps}, per_head=False), output)
+    figures.save(figures.attention_figure(pictures, {'mean of the heads': maps}, False, 'last block'), output)
     print(f'-> {output}')
 
 

@@ -129,7 +129,7 @@ def test_what_the_figures_say(files):
     assert len({line.get_linestyle() for line in loss.lines}) == 2  # told apart without colours
 
     pictures, maps = np.full((1, 16, 16, 3), 0.5), np.array([[[[0.1, 0.2], [0.3, 0.0]], [[0.3, 0.2], [0.1, 0.2]]]])
-    figure = figures.attention_figure(pictures, {'4 bits': maps}, per_head=True)
+    figure = figures.attention_figure(pictures, {'4 bits': maps}, per_head=True, block='block 3')
     drawn = [ax.images[1].get_array().tolist() for ax in figure.axes[1:4]]
     assert np.allclose(drawn, [maps[0].mean(0), *maps[0]]) and figure.axes[1].images[1].norm.vmax == 0.3
 
