@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, named_quantizers
@@ -28,7 +27,9 @@ from calibration.full_precision import (
     fold_layer_scale,
     full_precision,
     full_precision_attention,
+    full_precision_merging,
     heads_of,
+    transitions,
 )
 from calibration.irm import fit_layer_norm, prepare_irm
 from calibration.scales import activation_qparams, weight_scales
@@ -38,7 +39,7 @@ from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError, take_from_rank_0
 
 __all__ = ['calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compensate_rounding',
-           'fit_block', 'fit_embedding', 'fit_heads', 'ridge_fit', 'synchronize']
+           'fit_block', 'fit_embedding', 'fit_heads', 'fit_transition', 'ridge_fit', 'synchronize']
 
 # Both in units of the inputs' mean variance. The ridge of a layer is the one whose fit to most of the images serves the
 # others best. Few bits need little, for the weights to make up for rounding errors, but less than 1 fits 64 images
@@ -219,7 +220,8 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
         stream_full, stream: the block's input in the full-precision and in the quantized network, (B, N, dim).
         has_irm: whether the full-precision network contains IRM.
     """
-    attn, x_full, x = block.attn, block.norm1(stream_full), block.norm1(stream)
+    attn, x_full, x = (block.attn, block.split_windows(block.norm1(stream_full)),
+                       block.split_windows(block.norm1(stream)))
     irm = isinstance(attn.norm_q, nn.LayerNorm)
     out_full, q, k = full_precision_attention(attn, x_full, has_irm)
     if irm and not has_irm:
@@ -233,10 +235,12 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
     q, k = attn.norm_q(raw_q), attn.norm_k(raw_k)
     if attn.quantize_attn:
         q, k, v = _fit_activation(attn.q_act, q, 1), _fit_activation(attn.k_act, k, 1), _fit_values(attn, v)
-        out = _fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1) @ v
+        out = _fit_activation(attn.attn_act, attn.probabilities(q, k), 1) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out_full, _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), out_full + stream_full - stream)
+        out = attn.attend(q, k, v)
+    target = out_full + block.split_windows(stream_full) - block.split_windows(stream)
+    out = _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), target)
+    return block.join_windows(out_full), block.join_windows(out)
 
 
 def _fit_values(attn: QAttention, v: Tensor) -> Tensor:
@@ -258,6 +262,12 @@ def fit_block(block: QBlock, x_full: Tensor, x: Tensor, has_irm: bool) -> tuple[
     out_full = full_precision(mlp.fc2, clipped_gelu(hidden_full))
     hidden = clipped_gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2))
     return x_full + out_full, x + _fit_linear(mlp.fc2, hidden, out_full + x_full - x)
+
+
+@torch.no_grad()
+def fit_transition(merging: nn.Module, x_full: Tensor, x: Tensor) -> None:
+    """Fits patch merging on its inputs in both networks, (B, N, dim) each."""
+    _fit_linear(merging.reduction, merging.norm(merging.neighbours(x)), full_precision_merging(merging, x_full))
 
 
 def _fit_edge(layer: LinearQ | Conv2dQ, x: Tensor, channel_axis: int = -1) -> None:
@@ -313,7 +323,11 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
     full = FullPrecision(model)
     fit_embedding(model, images)
     x_full, x = full.embed(images), model.embed(images)
-    for block in model.blocks:
+    merging = transitions(model)
+    for index, block in enumerate(model.blocks):
+        if index in merging:
+            fit_transition(merging[index], x_full, x)
+            x_full, x = full.transition(index, x_full), merging[index](x)
         x_full, x = fit_block(block, x_full, x, full.has_irm)
     fit_heads(model, x)
     synchronize(model)

@@ -23,8 +23,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from _quan_base import LinearQ, clamp_steps_, named_quantizers
-from calibration.closed_form import check_kind, fit_block, fit_embedding, fit_heads, synchronize
-from calibration.full_precision import FullPrecision
+from calibration.closed_form import check_kind, fit_block, fit_embedding, fit_heads, fit_transition, synchronize
+from calibration.full_precision import FullPrecision, transitions
 from calibration.importance import fisher_information, information_root, weighted_error
 from calibration.twins import halve_attention_to_twins
 from checkpoints.files import read_checkpoint, write_checkpoint
@@ -90,7 +90,7 @@ def _learning(block: QBlock) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _through(block: QBlock, x: Tensor) -> Tensor:
+def _through(block: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([block(chunk) for chunk in x.split(CHUNK)])
 
 
@@ -163,7 +163,7 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     if len(images) < 2 * config.batch_size:
         raise UserError(f'--calibration reconstruct needs at least {2 * config.batch_size} images, not {len(images)}: '
                         'raise --calibration-images, or choose --calibration mse')
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     synchronize(model)
     was_training = model.training
     model.eval()
@@ -180,7 +180,13 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     x_full, x = (torch.cat(parts) for parts in zip(*embedded, strict=True))
     updates = math.ceil(config.epochs * _learned_from(len(images)) / config.batch_size)
     logger = MetricLogger('Calibration:', full.depth * updates, max(1, updates // 4), device, done * updates)
+    merging = transitions(model)
     for index, block in enumerate(model.blocks):
+        if index in merging:
+            if index >= done:
+                fit_transition(merging[index], x_full[:FITTED], x[:FITTED])
+            x_full = torch.cat([full.transition(index, chunk) for chunk in x_full.split(CHUNK)])
+            x = _through(merging[index], x)
         target = torch.cat([full.block(index, chunk) for chunk in x_full.split(CHUNK)])
         if index >= done:
             fit_block(block, x_full[:FITTED], x[:FITTED], full.has_irm)
@@ -219,7 +225,7 @@ def _keep(model: nn.Module, progress: Path | None, key: str, blocks: int) -> Non
 
 def _resume(model: nn.Module, progress: Path | None, key: str) -> int:
     """How many blocks are finished; the network gets their state where there are any, on all ranks."""
-    blocks = torch.zeros(1, dtype=torch.int64, device=model.pos_embed.device)
+    blocks = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     if progress is not None and _is_first() and progress.is_file():
         kept = read_checkpoint(progress)
         if kept.get('calibration') == key:
