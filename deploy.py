@@ -30,7 +30,6 @@ from benchmarks import inference
 from checkpoints.networks import ModelInfo, open_network
 from datasets import build_transform, choose_data_set
 from deployment import evaluation, packing, predictor
-from deployment.integer import IntegerViT
 from engine import evaluate
 from models import is_quantized
 from training.data import Loading, build_eval_dataset, build_eval_loader, source_of
@@ -91,7 +90,7 @@ def run_onnx(args: Namespace) -> None:
 
     info, model, _ = open_network(args.file, what=predictor.NAMED_BY)
     if is_quantized(model):
-        export_onnx(IntegerViT(model), args.output, weights=args.weights, quantized=model, info=info)
+        export_onnx(predictor.integer_network(model), args.output, weights=args.weights, quantized=model, info=info)
     else:
         export_onnx(model, args.output, info=info)
     print(f'{args.output}: {os.path.getsize(args.output) / 1e6:.2f} MB, {info.model}')

@@ -154,8 +154,9 @@ def timm_attentions(model: nn.Module) -> list[nn.Module] | None:
     are projected.
     """
     attentions = [getattr(block, 'attn', None) for block in network_blocks(model)]
-    is_timm = all(isinstance(attn, WindowAttention)
-                  or all(hasattr(attn, name) for name in ('qkv', 'num_heads', 'q_norm', 'k_norm')) for attn in attentions)
+    names = ('qkv', 'num_heads', 'q_norm', 'k_norm')
+    is_timm = all(isinstance(attention, WindowAttention) or all(hasattr(attention, name) for name in names)
+                  for attention in attentions)
     return attentions if attentions and is_timm else None
 
 

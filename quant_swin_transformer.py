@@ -12,6 +12,7 @@ The position biases and the masks of shifted windows stay in full precision, lik
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import timm
 import torch
@@ -44,7 +45,8 @@ from quant_vision_transformer import (
     take_fixed_options,
 )
 
-__all__ = ['QPatchMerging', 'QSwinBlock', 'QSwinTransformer', 'QWindowAttention']  # and every variant
+__all__ = ['QPatchMerging', 'QSwinBlock', 'QSwinTransformer', 'QWindowAttention', 'Windows', 'neighbours',
+           'with_bias']  # and every variant
 
 FIXED_OPTIONS = {  # of timm's SwinTransformer, with the only value that these networks have
     'dynamic_img_size': False, 'embed_layer': None, 'head_dim': None, 'norm_layer': None, 'strict_img_size': True}
@@ -108,6 +110,42 @@ def with_bias(scores: Tensor, bias: Tensor) -> Tensor:
     return (scores.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
 
 
+class Windows(NamedTuple):
+    """How a map is cut into the windows whose tokens attend to one another.
+
+    Attributes:
+        resolution: rows and columns of the map.
+        size: of a window.
+        shift: how far the map is rolled before.
+    """
+    resolution: tuple[int, int]
+    size: tuple[int, int]
+    shift: tuple[int, int]
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, N, dim) -> the tokens of each window, the map filled up with zeros, (B windows, N', dim)."""
+        x = x.unflatten(1, self.resolution)
+        if any(self.shift):
+            x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
+        bottom, right = (-size % window for size, window in zip(self.resolution, self.size, strict=True))
+        return window_partition(F.pad(x, (0, 0, 0, right, 0, bottom)), self.size).flatten(1, 2)
+
+    def join(self, windows: Tensor) -> Tensor:
+        """The inverse of `split`: (B windows, N', dim) -> (B, N, dim)."""
+        (height, width), (rows, columns) = self.resolution, self.size
+        x = window_reverse(windows.unflatten(1, self.size), self.size, -(-height // rows) * rows,
+                           -(-width // columns) * columns)[:, :height, :width]
+        return (x.roll(self.shift, (1, 2)) if any(self.shift) else x).flatten(1, 2)
+
+
+def neighbours(x: Tensor, resolution: tuple[int, int]) -> Tensor:
+    """(B, N, dim), a map of that resolution -> each 2 x 2 tokens as one, (B, N / 4, 4 dim)."""
+    x = x.unflatten(1, resolution)
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))                            # (B, H', 2, W', 2, dim)
+    return x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
+
+
 class QSwinBlock(SwinTransformerBlock):
     """Pre-norm transformer block of Q-Attention in windows and Q-MLP: (B, N, dim) -> (B, N, dim).
 
@@ -137,21 +175,17 @@ class QSwinBlock(SwinTransformerBlock):
         mask = self.get_attn_mask(device=weight.device, dtype=weight.dtype)
         self.attn.register_buffer('mask', mask, persistent=False)
 
+    @property
+    def windows(self) -> Windows:
+        return Windows(self.input_resolution, self.window_size, self.shift_size)
+
     def split_windows(self, x: Tensor) -> Tensor:
-        """(B, N, dim) -> the tokens of each window, shifted and padded with zeros, (B windows, N', dim)."""
-        x = x.unflatten(1, self.input_resolution)
-        if any(self.shift_size):
-            x = x.roll((-self.shift_size[0], -self.shift_size[1]), (1, 2))
-        bottom, right = (-size % window for size, window in zip(x.shape[1:3], self.window_size, strict=True))
-        return window_partition(F.pad(x, (0, 0, 0, right, 0, bottom)), self.window_size).flatten(1, 2)
+        """(B, N, dim) -> the tokens of each window, (B windows, N', dim)."""
+        return self.windows.split(x)
 
     def join_windows(self, windows: Tensor) -> Tensor:
-        """The inverse of `split_windows`: (B windows, N', dim) -> (B, N, dim)."""
-        height, width = self.input_resolution
-        padded = (-(-size // window) * window for size, window in zip(self.input_resolution, self.window_size,
-                                                                      strict=True))
-        x = window_reverse(windows.unflatten(1, self.window_size), self.window_size, *padded)[:, :height, :width]
-        return (x.roll(self.shift_size, (1, 2)) if any(self.shift_size) else x).flatten(1, 2)
+        """The inverse of `split_windows`."""
+        return self.windows.join(windows)
 
     def forward(self, x: Tensor, return_qk: bool = False) -> Tensor | tuple[Tensor, QK]:
         """Returns x, or (x, (q~, k~)) of the attention, (B windows, H, N', d) each."""
@@ -179,10 +213,7 @@ class QPatchMerging(PatchMerging):
 
     def neighbours(self, x: Tensor) -> Tensor:
         """(B, N, dim) -> each 2 x 2 tokens as one, (B, N / 4, 4 dim), before the norm."""
-        x = x.unflatten(1, self.input_resolution)
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))                        # (B, H', 2, W', 2, dim)
-        return x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
+        return neighbours(x, self.input_resolution)
 
     def forward(self, x: Tensor) -> Tensor:
         merged = self.reduction(self.norm(self.neighbours(x.flatten(1, -2))))
@@ -201,7 +232,7 @@ class QSwinTransformer(SwinTransformer):
     Attributes:
         quant: what is quantized, and how.
     """
-    num_prefix_tokens = 0
+    num_prefix_tokens, has_class_token = 0, False
     has_twin_tokens = False
 
     def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', irm: bool = True,

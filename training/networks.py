@@ -138,7 +138,8 @@ def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size
     if name is None:
         raise UserError(f'--teacher-path {path} does not say which network it holds: name it with --teacher-model')
     teacher = create_network(name, num_classes, input_size, what='--teacher-model', **_channels(in_chans))
-    head = state_of(checkpoint).get('head.weight')
+    state = state_of(checkpoint)
+    head = state.get('head.weight', state.get('head.fc.weight'))
     if head is not None:
         _check_classes(path, len(head), num_classes, data_set)
     if is_quantized(teacher):
