@@ -146,6 +146,14 @@ def is_quantized(model: nn.Module) -> bool:
     return hasattr(model, 'quant')
 
 
+def take_fixed_options(options: dict, fixed: dict) -> None:
+    """Takes those options of a timm network out that have only one value in the quantized one; ValueError: another."""
+    for name, only in fixed.items():
+        value = options.pop(name, only)
+        if value is not None and value != only:
+            raise ValueError(f'{name}={value!r} is not an option of the quantized network')
+
+
 def timm_attentions(model: nn.Module) -> list[nn.Module] | None:
     """The attention modules of a timm vision or Swin transformer by layer, or None.
 

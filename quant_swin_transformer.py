@@ -32,18 +32,9 @@ from torch.utils.checkpoint import checkpoint
 
 from _quan_base import LinearQ
 from checkpoints.full_precision import adapt_full_precision
-from models import BlockOutputs
-from quant_vision_transformer import (
-    BITS,
-    EDGE_BITS,
-    QK,
-    QAttention,
-    QMlp,
-    QPatchEmbed,
-    QuantConfig,
-    quantizer_parameters,
-    take_fixed_options,
-)
+from checkpoints.states import is_quantizer_entry
+from models import BlockOutputs, take_fixed_options
+from quant_vision_transformer import BITS, EDGE_BITS, QK, QAttention, QMlp, QPatchEmbed, QuantConfig
 
 __all__ = ['QPatchMerging', 'QSwinBlock', 'QSwinTransformer', 'QWindowAttention', 'Windows', 'neighbours',
            'with_bias']  # and every variant
@@ -179,20 +170,12 @@ class QSwinBlock(SwinTransformerBlock):
     def windows(self) -> Windows:
         return Windows(self.input_resolution, self.window_size, self.shift_size)
 
-    def split_windows(self, x: Tensor) -> Tensor:
-        """(B, N, dim) -> the tokens of each window, (B windows, N', dim)."""
-        return self.windows.split(x)
-
-    def join_windows(self, windows: Tensor) -> Tensor:
-        """The inverse of `split_windows`."""
-        return self.windows.join(windows)
-
     def forward(self, x: Tensor, return_qk: bool = False) -> Tensor | tuple[Tensor, QK]:
         """Returns x, or (x, (q~, k~)) of the attention, (B windows, H, N', d) each."""
         shape = x.shape
         x = x.flatten(1, -2)
-        attended, qk = self.attn(self.split_windows(self.norm1(x)))
-        x = x + self.drop_path1(self.join_windows(attended))
+        attended, qk = self.attn(self.windows.split(self.norm1(x)))
+        x = x + self.drop_path1(self.windows.join(attended))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         x = x.view(shape)
         return (x, qk) if return_qk else x
@@ -291,7 +274,7 @@ class QSwinTransformer(SwinTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Position biases, and the scales and zero points of every quantizer."""
-        return super().no_weight_decay() | quantizer_parameters(self)
+        return super().no_weight_decay() | set(filter(is_quantizer_entry, dict(self.named_parameters())))
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the first block's input, (B, N, dim)."""

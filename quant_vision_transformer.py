@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ops
-from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ, named_quantizers
+from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ
 from checkpoints.full_precision import adapt_full_precision
-from models import BlockOutputs
+from checkpoints.states import is_quantizer_entry
+from models import BlockOutputs, take_fixed_options
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QVisionTransformerDistilled',
            'QuantConfig']  # and every variant
@@ -165,14 +166,6 @@ class QBlock(nn.Module):
         self.mlp = QMlp(dim, int(dim * mlp_ratio), quant, proj_drop, **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
 
-    def split_windows(self, x: Tensor) -> Tensor:
-        """The tokens that attend to one another, of (B, N, dim): all of an image's."""
-        return x
-
-    def join_windows(self, windows: Tensor) -> Tensor:
-        """The inverse of `split_windows`."""
-        return windows
-
     def forward(self, x: Tensor, return_qk: bool = False) -> Tensor | tuple[Tensor, QK]:
         """Returns x, or (x, (q~, k~)) of the attention."""
         attended, qk = self.attn(self.norm1(x))
@@ -278,7 +271,7 @@ class QVisionTransformer(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Embeddings, and the scales and zero points of every quantizer."""
-        return super().no_weight_decay() | quantizer_parameters(self)
+        return super().no_weight_decay() | set(filter(is_quantizer_entry, dict(self.named_parameters())))
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the first block's input, (B, N, dim)."""
@@ -304,20 +297,6 @@ class QVisionTransformer(VisionTransformer):
             return self.forward_head(self.forward_features(x))
         x, outputs = self.forward_features(x, return_blocks=True)
         return self.forward_head(x), outputs
-
-
-def take_fixed_options(kwargs: dict, only: dict) -> None:
-    """Takes the options of timm's network out of `kwargs` that have only one value here; ValueError: another value."""
-    for name, value in only.items():
-        given = kwargs.pop(name, value)
-        if given is not None and given != value:
-            raise ValueError(f'{name}={given!r} is not an option of the quantized network')
-
-
-def quantizer_parameters(model: nn.Module) -> set[str]:
-    """The names of the scales and zero points of every quantizer."""
-    return {f'{name}.{leaf}' for name, module in named_quantizers(model) for leaf in ('alpha', 'zero_point')
-            if hasattr(module, leaf)}
 
 
 def _check_pooling(global_pool: str, has_class_token: bool, num_classes: int) -> None:
@@ -380,8 +359,6 @@ SIZES = {  # name: (width, heads); depth 12, MLP ratio 4
     'small': (384, 6),
     'base': (768, 12),
 }
-
-
 FAMILIES = {  # name: (the network, the full-precision one of timm's that `pretrained=True` starts from)
     'deit': (QVisionTransformerDistilled, 'deit_{}_distilled_patch16_224'),
     'vit': (QVisionTransformer, 'deit_{}_patch16_224'),

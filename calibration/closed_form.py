@@ -29,6 +29,8 @@ from calibration.full_precision import (
     full_precision_attention,
     full_precision_merging,
     heads_of,
+    join_windows,
+    split_windows,
     transitions,
 )
 from calibration.irm import fit_layer_norm, prepare_irm
@@ -220,8 +222,8 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
         stream_full, stream: the block's input in the full-precision and in the quantized network, (B, N, dim).
         has_irm: whether the full-precision network contains IRM.
     """
-    attn, x_full, x = (block.attn, block.split_windows(block.norm1(stream_full)),
-                       block.split_windows(block.norm1(stream)))
+    attn, x_full, x = (block.attn, split_windows(block, block.norm1(stream_full)),
+                       split_windows(block, block.norm1(stream)))
     irm = isinstance(attn.norm_q, nn.LayerNorm)
     out_full, q, k = full_precision_attention(attn, x_full, has_irm)
     if irm and not has_irm:
@@ -238,9 +240,9 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
         out = _fit_activation(attn.attn_act, attn.probabilities(q, k), 1) @ v
     else:
         out = attn.attend(q, k, v)
-    target = out_full + block.split_windows(stream_full) - block.split_windows(stream)
+    target = out_full + split_windows(block, stream_full) - split_windows(block, stream)
     out = _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), target)
-    return block.join_windows(out_full), block.join_windows(out)
+    return join_windows(block, out_full), join_windows(block, out)
 
 
 def _fit_values(attn: QAttention, v: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 
 __all__ = ['FullPrecision', 'fold_layer_scale', 'full_precision', 'full_precision_attention',
-           'full_precision_merging', 'heads_of', 'transitions']
+           'full_precision_merging', 'heads_of', 'join_windows', 'split_windows', 'transitions']
 
 
 def full_precision(layer: LinearQ, x: Tensor) -> Tensor:
@@ -83,14 +83,24 @@ def full_precision_attention(attn: QAttention, x: Tensor, has_irm: bool) -> tupl
 def full_precision_block(block: QBlock, x: Tensor, has_irm: bool) -> Tensor:
     """What a block computes without quantizers, (B, N, dim)."""
     mlp = block.mlp
-    attended = full_precision_attention(block.attn, block.split_windows(block.norm1(x)), has_irm)[0]
-    x = x + block.ls1(block.join_windows(attended))
+    attended = full_precision_attention(block.attn, split_windows(block, block.norm1(x)), has_irm)[0]
+    x = x + block.ls1(join_windows(block, attended))
     return x + block.ls2(full_precision(mlp.fc2, clipped_gelu(full_precision(mlp.fc1, block.norm2(x)))))
 
 
 def transitions(model: nn.Module) -> dict[int, nn.Module]:
     """By the index of the block behind it, the patch merging of a network of several stages; none of a ViT."""
     return getattr(model, 'transitions', {})
+
+
+def split_windows(block: nn.Module, x: Tensor) -> Tensor:
+    """The tokens that attend to one another: all of (B, N, dim), or those of each window, (B windows, N', dim)."""
+    return block.windows.split(x) if hasattr(block, 'windows') else x
+
+
+def join_windows(block: nn.Module, x: Tensor) -> Tensor:
+    """The inverse of `split_windows`."""
+    return block.windows.join(x) if hasattr(block, 'windows') else x
 
 
 def full_precision_merging(merging: nn.Module, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from checkpoints.files import write_checkpoint
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import open_features
 from checkpoints.packed import read_packed, write_packed
+from deployment.integer_swin import IntegerSwin
 from deployment.native import NativeUnavailable, NativeViT
 from deployment.onnx_export import export_onnx
 from deployment.predictor import build_predictor, integer_network
@@ -175,7 +176,7 @@ def test_a_shifted_window_sees_no_other_part_of_the_image():
     block, tokens = model.blocks[1], model.embed(x)
     attn = block.attn.probabilities(*block(tokens, return_qk=True)[1])  # (4 windows, heads, 49, 49)
     place = torch.arange(196.).view(1, 196, 1)
-    rows = block.split_windows(place).div(14, rounding_mode='floor')[..., 0]
+    rows = block.windows.split(place).div(14, rounding_mode='floor')[..., 0]
     apart = (rows[-1][:, None] - rows[-1][None]).abs() > 7  # the last window holds rows 10 to 13 and 0 to 2
     assert apart.any() and attn[-1][:, apart].max() < 1e-30 and attn[-1][:, ~apart].max() > 0.02
 
@@ -384,10 +385,9 @@ def test_a_packed_file_gives_the_same_logits(tmp_path):
 @pytest.mark.parametrize('options', [{}, {'irm': False}, {'quantize_attn': False}])
 def test_integers_are_exact_per_tensor(form, options):
     model, x = calibrated(form, act_granularity='tensor', **options), images(form)
-    network = integer_network(model)
-    network.double()
+    network = IntegerSwin(model, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(type(network)(model, dtype=torch.float64)(x), model(x), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(network(x), model(x), rtol=1e-8, atol=1e-8)
     assert network.exact
 
 
@@ -397,7 +397,7 @@ def test_folded_channels_are_close():
     with torch.no_grad():
         for _, quantizer in named_quantizers(model):  # the first batch gives all channels one scale
             quantizer.alpha.mul_(1 + torch.rand(quantizer.alpha.shape, generator=generator))
-        errors = [relative(integer_network(model, terms)(x).double(), model(x)) for terms in (1, 2)]
+        errors = [relative(IntegerSwin(model, terms, torch.float64)(x), model(x)) for terms in (1, 2)]
     assert errors[1] < 0.02 and errors[0] < 0.3 and not integer_network(model).exact
 
 
