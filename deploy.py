@@ -30,7 +30,6 @@ from checkpoints.networks import ModelInfo, open_network
 from console.parser import Parser, file_path, path_text
 from datasets import build_transform, choose_data_set
 from deployment import evaluation, packing, predictor
-from deployment.integer import IntegerViT
 from engine import evaluate
 from models import is_quantized
 from training.data import Loading, build_eval_dataset, build_eval_loader, source_of
@@ -92,7 +91,8 @@ def run_onnx(args: Namespace) -> None:
 
     info, model, _ = open_network(args.file, args.model)
     if is_quantized(model):
-        export_onnx(IntegerViT(model), args.output, weights=args.weights or 'int8', quantized=model, info=info)
+        export_onnx(predictor.integer_network(model), args.output, weights=args.weights or 'int8', quantized=model,
+                    info=info)
     elif args.weights is not None:
         raise UserError(f'--weights {args.weights}: {args.file} is of full precision, which has no codes: leave it out')
     else:

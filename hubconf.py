@@ -5,9 +5,9 @@
 
 This repository's modules have short names (`utils`, `models`, `ops`) that a program may use for its own, before or
 after. They are imported so that both find theirs: afterwards these names are as the program left them. pickle and
-torch.compile find modules by the names that classes and functions give as theirs. `_quan_base` and
-`quant_vision_transformer`, by which a pickled network names its classes, keep their names; every other module goes by a
-longer one from then on. torch.hub shows every public name here as an entry point, which is why there are no others.
+torch.compile find modules by the names that classes and functions give as theirs. `_quan_base` and the modules of the
+networks, by which a pickled network names its classes, keep their names; every other module goes by a longer one from
+then on. torch.hub shows every public name here as an entry point, which is why there are no others.
 """
 import hashlib as _hashlib
 import inspect as _inspect
@@ -25,7 +25,7 @@ _FOLDER = _Path(__file__).resolve().parent
 # The top-level modules and packages of this repository; a package stands for everything in it.
 _TOP = {path.stem for path in _FOLDER.glob('*.py')} - {'hubconf'} | {
     path.parent.name for path in _FOLDER.glob('*/__init__.py')}
-_KEPT = ('_quan_base', 'quant_vision_transformer')
+_KEPT = ('_quan_base', 'quant_swin_transformer', 'quant_vision_transformer')
 # Begins the longer names. The next call, which runs this file anew, finds the modules by them.
 _LONGER = f'_qvit_{_hashlib.sha256(str(_FOLDER).encode()).hexdigest()[:12]}.'
 
@@ -112,7 +112,7 @@ def _entry_point(name: str, summary: str) -> _Callable:
         Args:
             checkpoint: path or https:// URL of a file with this network's weights, as training writes them or as they
                 were released; the network comes in evaluation mode. Read with weights_only=True.
-            pretrained: start from timm's full-precision DeiT weights instead. A quantized network is then to be
+            pretrained: start from timm's full-precision weights instead. A quantized network is then to be
                 calibrated: one forward in training mode does that.
             **options: of timm.create_model, as num_classes and img_size; none with a checkpoint that describes its
                 network, as those of this project do.
@@ -129,7 +129,8 @@ def _entry_point(name: str, summary: str) -> _Callable:
 if all(map(_find_spec, dependencies)):  # what is missing is said by torch.hub, which looks at `dependencies` next
     with _own_modules():
         import models as _models
-        import quant_vision_transformer as _network
-    for _name in (*_models.__all__, *_network.default_cfgs):
-        _registered = getattr(_models if _name in _models.__all__ else _network, _name)
-        globals()[_name] = _entry_point(_name, _registered.__doc__)
+        import quant_swin_transformer as _swin
+        import quant_vision_transformer as _vit
+    for _module, _names in ((_models, _models.__all__), (_vit, _vit.default_cfgs), (_swin, _swin.default_cfgs)):
+        for _name in _names:
+            globals()[_name] = _entry_point(_name, getattr(_module, _name).__doc__)

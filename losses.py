@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import BlockOutputs, Teacher, timm_attentions
+from models import BlockOutputs, Teacher, network_blocks, timm_attentions
 from ops.gram import gram_distance
 from utils import UserError
 
@@ -65,13 +65,19 @@ def check_dgd_compatible(student: nn.Module, teacher: nn.Module) -> str | None:
     if teacher_attentions is None:
         return f'teacher {type(teacher).__name__} has no blocks with timm attention'
     theirs = [attention.num_heads for attention in teacher_attentions]
-    ours = [getattr(getattr(block, 'attn', None), 'num_heads', None) for block in getattr(student, 'blocks', [])]
+    ours = [getattr(getattr(block, 'attn', None), 'num_heads', None) for block in network_blocks(student)]
     if not ours or None in ours:
         return f'student {type(student).__name__} has no blocks with multi-head attention'
     if len(ours) != len(theirs):
         return f'the student has {len(ours)} layers, the teacher {len(theirs)}'
-    if len({*ours, *theirs}) > 1:
-        return f'the student has {ours} heads by layer, the teacher {theirs}: all must be equal'
+    if ours != theirs:
+        return f'the student has {ours} heads by layer, the teacher {theirs}: these must be equal'
+    windows = [[(getattr(block, 'window_size', None), getattr(block, 'shift_size', None))
+                for block in network_blocks(network)] for network in (student, teacher)]
+    for index, (of_student, of_teacher) in enumerate(zip(*windows, strict=True)):
+        if of_student != of_teacher:
+            return (f'the attention of block {index} is within windows of {of_student[0]}, shifted by {of_student[1]}, '
+                    f'in the student, and of {of_teacher[0]}, shifted by {of_teacher[1]}, in the teacher')
     patches = [getattr(getattr(model, 'patch_embed', None), 'num_patches', None) for model in (student, teacher)]
     if None in patches or patches[0] != patches[1]:
         return f'the student has {patches[0]} patch tokens, the teacher {patches[1]}'
@@ -81,7 +87,7 @@ def check_dgd_compatible(student: nn.Module, teacher: nn.Module) -> str | None:
 def distribution_guided_distillation(
         student_qk: Sequence[Pair], teacher_qk: Iterable[Pair], student_prefix_tokens: int, teacher_prefix_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """DGD of queries and of keys (Q-ViT, L_DGD): sums over layers and heads, means over the batch.
+    """DGD of queries and of keys (Q-ViT, L_DGD): sums over layers and heads, means over the batch and its windows.
 
         sum over l, h of || G_T / ||G_T||_F - G_S / ||G_S||_F ||_F,   G = q q^T (then k k^T) over tokens, N x N
 
@@ -89,8 +95,8 @@ def distribution_guided_distillation(
     With unequal numbers of prefix tokens (class, distillation) both drop theirs and patch tokens alone are compared.
 
     Args:
-        student_qk, teacher_qk: per layer (q, k), each (B, heads, N, d), the same shape in all layers of a network.
-            B, heads and the number of patch tokens must agree between the two; d may differ.
+        student_qk, teacher_qk: per layer (q, k), each (B, heads, N, d). B, which counts windows where attention is
+            within windows, heads and the number of patch tokens must agree between the two; d may differ.
 
     Returns:
         (loss_q, loss_k), each 0-dim, in [0, sqrt(2) * layers * heads].
@@ -99,16 +105,21 @@ def distribution_guided_distillation(
     same_prefix = student_prefix_tokens == teacher_prefix_tokens
     skips = (0, 0) if same_prefix else (student_prefix_tokens, teacher_prefix_tokens)
     # As one batch, layers are a twelfth of a GPU's kernel launches at depth 12; one by one, they stay in a CPU's cache.
-    device = student_qk[0][0].device.type
-    layers, losses = zip(student_qk, teacher_qk, strict=True), ([], [])
+    # Layers of one shape follow one another: all of a ViT, those of a stage of a Swin transformer.
+    device, totals, teacher_layers = student_qk[0][0].device.type, [], iter(teacher_qk)
     with torch.autocast(device, enabled=False):
-        while group := tuple(islice(layers, 1 if device == 'cpu' else None)):
-            for which, distances in enumerate(losses):
-                student, teacher = (_stack([pair[whose][which][:, :, skips[whose]:] for pair in group])
-                                    for whose in (0, 1))  # (L, B, H, N, d) each, d its own
-                distances.append(gram_distance(student, teacher))
-            del group, student, teacher  # before the next ones are taken
-    return tuple(torch.cat(distances).sum(dim=(0, 2)).mean() for distances in losses)  # (L, B, H) -> (B,) -> ()
+        for _, alike in groupby(student_qk, key=lambda pair: pair[0].shape):
+            layers, losses = ((pair, next(teacher_layers)) for pair in alike), ([], [])
+            while group := tuple(islice(layers, 1 if device == 'cpu' else None)):
+                for which, distances in enumerate(losses):
+                    student, teacher = (_stack([pair[whose][which][:, :, skips[whose]:] for pair in group])
+                                        for whose in (0, 1))  # (L, B, H, N, d) each, d its own
+                    distances.append(gram_distance(student, teacher))
+                del group, student, teacher  # before the next ones are taken
+            # (L, B, H) -> (B,) -> ()
+            totals.append([torch.cat(distances).sum(dim=(0, 2)).mean() for distances in losses])
+    assert next(teacher_layers, None) is None, 'the teacher has more layers'
+    return tuple(sum(parts[1:], parts[0]) for parts in zip(*totals, strict=True))
 
 
 def _stack(layers: list[Tensor]) -> Tensor:

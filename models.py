@@ -1,7 +1,7 @@
-"""Full-precision DeiT: teachers, and the networks that quantized ones start from.
+"""Full-precision DeiT and Swin: teachers, and the networks that quantized ones start from.
 
-They are timm's, under timm's names (`deit_tiny_distilled_patch16_224`) and under those of the published commands
-(`vit_deit_tiny_distilled_patch16_224`). Importing this module registers the latter.
+They are timm's, under timm's names (`deit_tiny_distilled_patch16_224`) and, the DeiTs, under those of the published
+commands (`vit_deit_tiny_distilled_patch16_224`). Importing this module registers the latter.
 """
 from collections.abc import Callable
 from itertools import zip_longest
@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
 from utils import UserError
@@ -42,7 +43,8 @@ class BlockOutputs(NamedTuple):
 
     Attributes:
         tokens: the block's output, (B, N, D).
-        q, k: queries and keys as the scores are computed from them, before any quantization, (B, H, N, d).
+        q, k: queries and keys as the scores are computed from them, before any quantization, (B, H, N, d); of a Swin
+            transformer those of every window, (B windows, H, N, d).
     """
     tokens: Tensor | None = None
     q: Tensor | None = None
@@ -69,7 +71,7 @@ class Teacher:
     def __init__(self, model: nn.Module, return_qk: bool = False, return_tokens: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.return_qk, self.return_tokens = return_qk, return_tokens
-        self.num_prefix_tokens: int = getattr(model, 'num_prefix_tokens', 1)
+        self.num_prefix_tokens = count_prefix_tokens(model)
         self._tokens: list[Tensor] = []
         self._queries: list[Tensor] = []
         self._keys: list[Tensor] = []
@@ -78,10 +80,13 @@ class Teacher:
             raise UserError(_no_qk_message(model))
         self._depth = len(attentions)
         for attention in attentions:
+            if isinstance(attention, WindowAttention):
+                attention.qkv.register_forward_hook(_appending_qk(attention.num_heads, self._queries, self._keys))
+                continue
             attention.q_norm.register_forward_hook(_appending(self._queries))
             attention.k_norm.register_forward_hook(_appending(self._keys))
-        for block in model.blocks if return_tokens else ():
-            block.register_forward_hook(_appending(self._tokens))
+        for block in network_blocks(model) if return_tokens else ():
+            block.register_forward_hook(_appending(self._tokens, Tensor.flatten, 1, -2))
 
     # no_grad, not inference_mode: the outputs enter products with tensors that require a gradient, and autograd refuses
     # to save inference tensors for backward.
@@ -107,11 +112,33 @@ class Teacher:
         return taken
 
 
-def _appending(values: list[Tensor]) -> Callable[..., None]:
-    """A forward hook that adds a module's output to `values`."""
+def _appending(values: list[Tensor], change: Callable[..., Tensor] | None = None, *args: int) -> Callable[..., None]:
+    """A forward hook that adds a module's output to `values`, by change(output, *args) where there is a change."""
     def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        values.append(output if isinstance(output, Tensor) else output[0])  # a quantized block gives q and k as well
+        output = output if isinstance(output, Tensor) else output[0]  # a quantized block gives q and k as well
+        values.append(output if change is None else change(output, *args))
     return keep
+
+
+def _appending_qk(heads: int, queries: list[Tensor], keys: list[Tensor]) -> Callable[..., None]:
+    """A forward hook that adds the q and k in a qkv layer's output, (B, H, N, d) each."""
+    def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        q, k, _ = output.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        queries.append(q)
+        keys.append(k)
+    return keep
+
+
+def network_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a network in forward order, those of a Swin transformer stage by stage; none of other networks."""
+    if hasattr(model, 'blocks'):
+        return list(model.blocks)
+    return [block for stage in getattr(model, 'layers', ()) for block in getattr(stage, 'blocks', ())]
+
+
+def count_prefix_tokens(model: nn.Module) -> int:
+    """How many tokens of a network come before those of patches; a Swin transformer has none."""
+    return getattr(model, 'num_prefix_tokens', 0 if hasattr(model, 'layers') else 1)
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -119,14 +146,25 @@ def is_quantized(model: nn.Module) -> bool:
     return hasattr(model, 'quant')
 
 
-def timm_attentions(model: nn.Module) -> list[nn.Module] | None:
-    """The attention modules of a timm vision transformer by layer, or None.
+def take_fixed_options(options: dict, fixed: dict) -> None:
+    """Takes those options of a timm network out that have only one value in the quantized one; ValueError: another."""
+    for name, only in fixed.items():
+        value = options.pop(name, only)
+        if value is not None and value != only:
+            raise ValueError(f'{name}={value!r} is not an option of the quantized network')
 
-    timm passes q and k, (B, heads, N, d), through `q_norm` and `k_norm`, which are identities unless the model
-    normalises them: their outputs are in every case what the attention multiplies.
+
+def timm_attentions(model: nn.Module) -> list[nn.Module] | None:
+    """The attention modules of a timm vision or Swin transformer by layer, or None.
+
+    timm's ViT passes q and k, (B, heads, N, d), through `q_norm` and `k_norm`, which are identities unless the model
+    normalises them: their outputs are in every case what the attention multiplies. Its Swin multiplies them as they
+    are projected.
     """
-    attentions = [getattr(block, 'attn', None) for block in getattr(model, 'blocks', [])]
-    is_timm = all(hasattr(attn, name) for attn in attentions for name in ('qkv', 'num_heads', 'q_norm', 'k_norm'))
+    attentions = [getattr(block, 'attn', None) for block in network_blocks(model)]
+    names = ('qkv', 'num_heads', 'q_norm', 'k_norm')
+    is_timm = all(isinstance(attention, WindowAttention) or all(hasattr(attention, name) for name in names)
+                  for attention in attentions)
     return attentions if attentions and is_timm else None
 
 

@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ops
-from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ, named_quantizers
+from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ
 from checkpoints.full_precision import adapt_full_precision
-from models import BlockOutputs
+from checkpoints.states import is_quantizer_entry
+from models import BlockOutputs, take_fixed_options
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QVisionTransformerDistilled',
            'QuantConfig']  # and every variant
@@ -106,10 +107,17 @@ class QAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                        # (B, H, N, d) each
         q, k = self.norm_q(q), self.norm_k(k)
-        x = self._quantized_attention(q, k, v) if self.quantize_attn else F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.attn_drop if self.training else 0.)    # (B, H, N, d)
+        x = self._quantized_attention(q, k, v) if self.quantize_attn else self.attend(q, k, v)  # (B, H, N, d)
         x = x.transpose(1, 2).flatten(2)                                     # (B, N, dim)
         return self.proj_drop(self.proj(x)), (q, k)
+
+    def probabilities(self, q: Tensor, k: Tensor) -> Tensor:
+        """The attention of q and k as they are, before its quantization: (B, H, N, N)."""
+        return (q @ k.mT * self.scale).softmax(dim=-1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention of q and k, times v, none of them quantized: (B, H, N, d)."""
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.)
 
     def _quantized_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = None
@@ -117,7 +125,7 @@ class QAttention(nn.Module):
             dropout = F.dropout(q.new_ones(*q.shape[:-1], q.shape[-2]), self.attn_drop)
         if self.attn_act.pending:  # it needs its first input, which no product gives away
             with torch.no_grad():  # nothing is kept, so that a checkpointed block can be computed again without this
-                attn = (self.q_act(q) @ self.k_act(k).mT * self.scale).softmax(dim=-1)
+                attn = self.probabilities(self.q_act(q), self.k_act(k))
                 self.attn_act.qparams(attn if dropout is None else attn * dropout)
         quantizers = self.q_act.qparams(q), self.k_act.qparams(k), self.v_act.qparams(v), self.attn_act.qparams(q)
         return ops.get(self.implementation).attention(q, k, v, quantizers, self.scale, dropout)
@@ -205,10 +213,7 @@ class QVisionTransformer(VisionTransformer):
 
     def __init__(self, *args, weight_bits: int, act_bits: int, act_granularity: str = 'channel', irm: bool = True,
                  quantize_attn: bool = True, **kwargs) -> None:
-        for name, only in self.fixed_options.items():
-            value = kwargs.pop(name, only)
-            if value is not None and value != only:
-                raise ValueError(f'{name}={value!r} is not an option of the quantized network')
+        take_fixed_options(kwargs, self.fixed_options)
         quant = QuantConfig(weight_bits, act_bits, act_granularity, irm, quantize_attn)
         _check_pooling(kwargs.get('global_pool', 'token'), kwargs.get('class_token', True),
                        kwargs.get('num_classes', 1000))
@@ -266,9 +271,7 @@ class QVisionTransformer(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Embeddings, and the scales and zero points of every quantizer."""
-        of_quantizers = {f'{name}.{leaf}' for name, module in named_quantizers(self) for leaf in ('alpha', 'zero_point')
-                         if hasattr(module, leaf)}
-        return super().no_weight_decay() | of_quantizers
+        return super().no_weight_decay() | set(filter(is_quantizer_entry, dict(self.named_parameters())))
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the first block's input, (B, N, dim)."""
@@ -356,8 +359,6 @@ SIZES = {  # name: (width, heads); depth 12, MLP ratio 4
     'small': (384, 6),
     'base': (768, 12),
 }
-
-
 FAMILIES = {  # name: (the network, the full-precision one of timm's that `pretrained=True` starts from)
     'deit': (QVisionTransformerDistilled, 'deit_{}_distilled_patch16_224'),
     'vit': (QVisionTransformer, 'deit_{}_patch16_224'),

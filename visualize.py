@@ -22,6 +22,7 @@ from checkpoints.networks import ModelInfo, open_network
 from console.parser import Parser, file_path, key_value, path_text
 from datasets import ImageList, choose_data_set
 from files.paths import check_file
+from models import network_blocks
 from training.data import build_eval_dataset, source_of
 from training.flags import add_data_arguments, crop_ratio, image_size, positive_int
 from training.networks import build_teacher
@@ -124,7 +125,7 @@ def load_networks(args: Namespace) -> tuple[dict[str, nn.Module], ModelInfo, str
     if args.teacher_path or args.teacher_model:
         teacher = build_teacher(args.teacher_model, args.teacher_path, info.num_classes, info.input_size, data_set,
                                 info.normalization.in_chans).eval()
-        depths = [len(getattr(model, 'blocks', [])) for model in (student, teacher)]
+        depths = [len(network_blocks(model)) for model in (student, teacher)]
         if depths[0] != depths[1]:
             raise UserError(f'the network has {depths[0]} blocks, the teacher {depths[1]}: choose one of as many')
         networks = {f'teacher ({inspection.title(teacher)})': teacher, **networks}

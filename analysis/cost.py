@@ -161,7 +161,7 @@ def countings(model: nn.Module) -> list[Row]:
     macs = sum(product.macs for product in products)
 
     def edges(product: Product) -> bool:
-        return not product.layer.startswith('blocks.')
+        return not product.layer.startswith(('blocks.', 'layers.'))
 
     def attention(product: Product) -> bool:
         return product.is_attention

@@ -16,6 +16,7 @@ from analysis.attention import Stages, attention_inputs, attention_probabilities
 from analysis.codes import CodeStatistics, Distribution, code_distribution, code_statistics, entropy
 from analysis.logs import parse_epoch
 from files.paths import read_text
+from models import network_blocks
 from utils import UserError
 
 __all__ = ['attention_distance', 'attention_distances', 'class_token_maps', 'code_usage', 'compare_maps', 'compare_qk',
@@ -34,10 +35,18 @@ def class_token_maps(model: nn.Module, images: Tensor, block: int) -> Tensor:
     Raises:
         UserError: there is no class token.
     """
+    _check_sees_all(model)
     if not getattr(model, 'has_class_token', True):
         raise UserError(f'{type(model).__name__} has no class token, whose attention could be drawn: choose distance')
     attention = attention_probabilities(attention_inputs(model, images)[block])
     return attention[:, :, 0, model.num_prefix_tokens:].unflatten(-1, model.patch_embed.grid_size)
+
+
+def _check_sees_all(model: nn.Module) -> None:
+    """Refuses networks whose tokens do not attend to the whole image."""
+    if any(hasattr(block, 'window_size') for block in network_blocks(model)):
+        raise UserError(f'{type(model).__name__} attends within windows, of which there is no map of the whole image: '
+                        'choose qk or codes')
 
 
 def compare_maps(networks: Mapping[str, nn.Module], images: Tensor, blocks: Sequence[int],
@@ -80,6 +89,7 @@ def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: tup
 
 def attention_distances(model: nn.Module, images: Tensor) -> np.ndarray:
     """`attention_distance` of every block and head, averaged over the images: (blocks, H), in pixels."""
+    _check_sees_all(model)
     embed, total = model.patch_embed, 0.
     for piece in images.split(IMAGES_AT_A_TIME):
         blocks = [attention_distance(attention_probabilities(inputs), embed.grid_size, embed.patch_size)

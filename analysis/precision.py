@@ -5,6 +5,7 @@ forward runs. What has to be there is in docs/architecture.md; what it costs is 
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,10 +13,11 @@ from math import prod
 from typing import Any
 
 import torch.nn as nn
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ
-from models import is_quantized
+from models import is_quantized, network_blocks
 from utils import UserError
 
 __all__ = ['FULL_PRECISION_BITS', 'Product', 'TensorUse', 'analyse', 'manifest']
@@ -83,19 +85,19 @@ def analyse(model: nn.Module) -> tuple[list[TensorUse], list[Product]]:
     """Tensors and products of the forward on one image of the model's size, in forward order.
 
     Args:
-        model: a quantized network of this project, calibrated or not, or a full-precision ViT or DeiT of timm's.
+        model: a quantized network of this project, calibrated or not, or a full-precision ViT, DeiT or Swin of timm's.
 
     Raises:
         UserError: it is another kind of network.
     """
-    blocks = list(getattr(model, 'blocks', []))
+    blocks = network_blocks(model)
     attentions = [getattr(block, 'attn', None) for block in blocks]
-    known = all(hasattr(attn, name) for attn in attentions for name in ('qkv', 'proj', 'num_heads', 'head_dim'))
-    known = known and (is_quantized(model) or isinstance(model, VisionTransformer))  # others of timm's compute more
+    known = all(hasattr(attn, name) for attn in attentions for name in ('qkv', 'proj', 'num_heads'))
+    known = known and (is_quantized(model) or isinstance(model, VisionTransformer | SwinTransformer))  # others do more
     if not known or not blocks or getattr(model, 'attn_pool', None) is not None:
-        raise UserError(f'{type(model).__name__} is no DeiT or ViT: costs are known for the quantized variants and '
-                        "for timm's full-precision ones")
-    parts = list(_network(model))
+        raise UserError(f'{type(model).__name__} is no DeiT, ViT or Swin: costs are known for the quantized variants '
+                        "and for timm's full-precision ones")
+    parts = list(_swin(model) if isinstance(model, SwinTransformer) else _network(model))
     return ([part for part in parts if isinstance(part, TensorUse)],
             [part for part in parts if isinstance(part, Product)])
 
@@ -123,23 +125,51 @@ def _network(model: nn.Module) -> Parts:
         yield _full('logits', 'mean of the logits' if is_mean else 'logits', model.num_classes, 2 if is_mean else 0)
 
 
+def _swin(model: SwinTransformer) -> Parts:
+    embed, tokens = model.patch_embed, prod(model.patch_embed.grid_size)
+    yield from _layer('patch_embed.proj', embed.proj, tokens, embed.proj.in_channels * prod(embed.img_size), 'patch')
+    yield from _module('patch_embed.norm', embed.norm, tokens)
+    for index, stage in enumerate(model.layers):
+        tokens = prod(stage.output_resolution)
+        for name, child in stage.downsample.named_children():  # norm and reduction, or none
+            yield from _module(f'layers.{index}.downsample.{name}', child, tokens)
+        for number, block in enumerate(stage.blocks):
+            yield from _block(f'layers.{index}.blocks.{number}', block, tokens, block.dim)
+    yield from _module('norm', model.norm, tokens)
+    yield _full('pool', 'mean of the tokens', model.num_features, tokens)
+    yield from _module('head.fc', model.head.fc, 1)
+    if isinstance(model.head.fc, nn.Linear):
+        yield _full('logits', 'logits', model.num_classes, 0)
+
+
 def _block(path: str, block: nn.Module, tokens: int, dim: int) -> Parts:
     for name, child in block.named_children():
-        part = {'attn': _attention, 'mlp': _mlp}.get(name, _module)
-        yield from part(f'{path}.{name}', child, tokens)
+        if name == 'attn':
+            yield from _attention(f'{path}.{name}', child, *_attending(block, tokens))
+        else:
+            yield from (_mlp if name == 'mlp' else _module)(f'{path}.{name}', child, tokens)
         if hasattr(child, 'gamma'):
             yield _full(f'{path}.{name}', 'LayerScale', tokens * dim, 1)
         if name in ('attn', 'mlp'):
             yield _full(f'{path}.{name}', f'residual sum of {name}', tokens * dim, 1)
 
 
-def _attention(path: str, attention: nn.Module, tokens: int) -> Parts:
-    heads, width = attention.num_heads, attention.num_heads * attention.head_dim
+def _attending(block: nn.Module, tokens: int) -> tuple[int, int]:
+    """How many tokens of an image attend, those that fill up windows included, and to how many each."""
+    if not hasattr(block, 'window_size'):
+        return tokens, tokens
+    windows = prod(-(-size // window) for size, window in zip(block.input_resolution, block.window_size, strict=True))
+    return windows * prod(block.window_size), prod(block.window_size)
+
+
+def _attention(path: str, attention: nn.Module, tokens: int, keys: int) -> Parts:
+    """Args: tokens, how many attend; keys, to how many each."""
+    heads, width = attention.num_heads, attention.qkv.out_features // 3
     yield from _module(f'{path}.qkv', attention.qkv, tokens)
     for name in ('q_norm', 'k_norm', 'norm_q', 'norm_k'):
         yield from _module(f'{path}.{name}', getattr(attention, name, None), tokens * heads,
                            in_reference=name in ('q_norm', 'k_norm'))
-    scores, quantized = heads * tokens * tokens, getattr(attention, 'quantize_attn', False)
+    scores, quantized = heads * tokens * keys, getattr(attention, 'quantize_attn', False)
 
     def operand(name: str, role: str, elements: int) -> TensorUse:
         full = TensorUse(f'{path} {role}', role, elements)
@@ -147,9 +177,13 @@ def _attention(path: str, attention: nn.Module, tokens: int) -> Parts:
 
     q, k = operand('q_act', 'q', tokens * width), operand('k_act', 'k', tokens * width)
     attn, v = operand('attn_act', 'attention', scores), operand('v_act', 'v', tokens * width)
-    yield from (q, k, v, _full(f'{path} softmax', 'softmax', scores, SOFTMAX_WORK), attn)
-    yield Product(f'{path} q k^T', scores * attention.head_dim, (q.bits, k.bits), is_attention=True)
-    yield Product(f'{path} A v', scores * attention.head_dim, (attn.bits, v.bits), is_attention=True)
+    yield from (q, k, v)
+    yield from _own_parameters(path, attention)  # relative position biases
+    if hasattr(attention, 'relative_position_bias_table'):
+        yield _full(f'{path} position bias', 'position bias sum', scores, 1)
+    yield from (_full(f'{path} softmax', 'softmax', scores, SOFTMAX_WORK), attn)
+    yield Product(f'{path} q k^T', scores * width // heads, (q.bits, k.bits), is_attention=True)
+    yield Product(f'{path} A v', scores * width // heads, (attn.bits, v.bits), is_attention=True)
     yield from _module(f'{path}.norm', getattr(attention, 'norm', None), tokens)
     yield from _module(f'{path}.proj', attention.proj, tokens)
 
@@ -223,7 +257,7 @@ def manifest(tensors: list[TensorUse]) -> list[dict[str, Any]]:
     parts: list[tuple[str, str, list[dict[str, Any]]]] = []  # first, last, rows
     for where, group in groupby(tensors, _where):
         rows = [_row(tensor, where) for tensor in group]
-        if parts and where.startswith('blocks.') and parts[-1][2] == rows:
+        if parts and 'blocks.' in where and parts[-1][2] == rows:
             parts[-1] = parts[-1][0], where, rows
         else:
             parts.append((where, where, rows))
@@ -233,8 +267,8 @@ def manifest(tensors: list[TensorUse]) -> list[dict[str, Any]]:
 
 def _where(tensor: TensorUse) -> str:
     """The block that the tensor belongs to, or the part of the network outside them."""
-    parts = tensor.name.split('.')
-    return '.'.join(parts[:2]) if parts[0] == 'blocks' else parts[0].partition(' ')[0]
+    found = re.match(r'(layers\.\d+\.)?(blocks\.\d+|downsample)', tensor.name)
+    return found.group() if found else tensor.name.partition('.')[0].partition(' ')[0]
 
 
 def _row(tensor: TensorUse, where: str) -> dict[str, Any]:

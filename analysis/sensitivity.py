@@ -9,7 +9,7 @@ from torch import Tensor
 
 from _quan_base import ActQ, LinearQ, named_quantizers
 from calibration.closed_form import check_kind, fit_activation
-from calibration.full_precision import FullPrecision, heads_of
+from calibration.full_precision import FullPrecision, heads_of, join_windows, split_windows
 from calibration.scales import weight_scales
 from ops import clipped_gelu
 from quant_vision_transformer import QBlock, QVisionTransformer
@@ -38,7 +38,7 @@ def sensitivity(model: QVisionTransformer, images: Tensor) -> dict[str, np.ndarr
         UserError: a network of another kind.
     """
     check_kind(model)
-    full, device = FullPrecision(model), model.cls_token.device
+    full, device = FullPrecision(model), next(model.parameters()).device
     streams = [torch.cat([full.embed(chunk.to(device)) for chunk in images.split(CHUNK)])]
     for index in range(full.depth):
         streams.append(_onwards(full, streams[-1], index, index + 1))
@@ -47,7 +47,8 @@ def sensitivity(model: QVisionTransformer, images: Tensor) -> dict[str, np.ndarr
     for index, block in enumerate(full.model.blocks):
         quantizers = dict(named_quantizers(block))
         for name in sorted(quantizers, key=_ORDER.index):
-            changed = _block_with_one(block, streams[index], quantizers[name], full.has_irm)
+            given = full.transition(index, streams[index])
+            changed = _block_with_one(block, given, quantizers[name], full.has_irm)
             logits = full.head(_onwards(full, changed, index + 1, full.depth))
             divergence = F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction='batchmean')
             found.setdefault(name, np.zeros(full.depth))[index] = divergence.item()
@@ -61,7 +62,7 @@ _ORDER = ('attn.qkv.act', 'attn.qkv', 'attn.q_act', 'attn.k_act', 'attn.attn_act
 def _onwards(full: FullPrecision, x: Tensor, first: int, last: int) -> Tensor:
     """x through the blocks from `first` up to `last`, in full precision."""
     for index in range(first, last):
-        x = torch.cat([full.block(index, chunk) for chunk in x.split(CHUNK)])
+        x = torch.cat([full.block(index, full.transition(index, chunk)) for chunk in x.split(CHUNK)])
     return x
 
 
@@ -78,13 +79,13 @@ def _block_with_one(block: QBlock, x: Tensor, wanted: nn.Module, has_irm: bool) 
         return F.linear(act(layer.act, values), weight, layer.bias)
 
     attn, mlp = block.attn, block.mlp
-    q, k, v = heads_of(attn, linear(attn.qkv, block.norm1(x)))
+    q, k, v = heads_of(attn, linear(attn.qkv, split_windows(block, block.norm1(x))))
     if has_irm:
         q, k = attn.norm_q(q), attn.norm_k(k)
     if attn.quantize_attn:
         q, k, v = act(attn.q_act, q), act(attn.k_act, k), act(attn.v_act, v)
-        out = act(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1)) @ v
+        out = act(attn.attn_act, attn.probabilities(q, k)) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    x = x + block.ls1(linear(attn.proj, out.transpose(1, 2).flatten(2)))
+        out = attn.attend(q, k, v)
+    x = x + block.ls1(join_windows(block, linear(attn.proj, out.transpose(1, 2).flatten(2))))
     return x + block.ls2(linear(mlp.fc2, clipped_gelu(linear(mlp.fc1, block.norm2(x)))))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from _quan_base import SIGNED_THRESHOLD, ActQ, Conv2dQ, LinearQ, code_range, named_quantizers
@@ -28,7 +27,11 @@ from calibration.full_precision import (
     fold_layer_scale,
     full_precision,
     full_precision_attention,
+    full_precision_merging,
     heads_of,
+    join_windows,
+    split_windows,
+    transitions,
 )
 from calibration.irm import fit_layer_norm, prepare_irm
 from calibration.scales import activation_qparams, weight_scales
@@ -38,7 +41,7 @@ from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError, take_from_rank_0
 
 __all__ = ['calibrate_to_full_precision', 'check_kind', 'choose_ridge', 'compensate_rounding',
-           'fit_activation', 'fit_block', 'fit_embedding', 'fit_heads', 'ridge_fit', 'synchronize']
+           'fit_activation', 'fit_block', 'fit_embedding', 'fit_heads', 'fit_transition', 'ridge_fit', 'synchronize']
 
 # Both in units of the inputs' mean variance. The ridge of a layer is the one whose fit to most of the images serves the
 # others best. Few bits need little, for the weights to make up for rounding errors, but less than 1 fits 64 images
@@ -219,7 +222,8 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
         stream_full, stream: the block's input in the full-precision and in the quantized network, (B, N, dim).
         has_irm: whether the full-precision network contains IRM.
     """
-    attn, x_full, x = block.attn, block.norm1(stream_full), block.norm1(stream)
+    attn, x_full, x = (block.attn, split_windows(block, block.norm1(stream_full)),
+                       split_windows(block, block.norm1(stream)))
     if attn.quantize_attn:
         _spread_values_alike(attn, x_full)
     irm = isinstance(attn.norm_q, nn.LayerNorm)
@@ -235,20 +239,22 @@ def _fit_attention(block: QBlock, stream_full: Tensor, stream: Tensor, has_irm: 
     q, k = attn.norm_q(raw_q), attn.norm_k(raw_k)
     if attn.quantize_attn:
         q, k, v = fit_activation(attn.q_act, q, 1), fit_activation(attn.k_act, k, 1), _fit_values(attn, v)
-        out = fit_activation(attn.attn_act, (q @ k.mT * attn.scale).softmax(-1), 1) @ v
+        out = fit_activation(attn.attn_act, attn.probabilities(q, k), 1) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out_full, _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), out_full + stream_full - stream)
+        out = attn.attend(q, k, v)
+    target = out_full + split_windows(block, stream_full) - split_windows(block, stream)
+    out = _fit_linear(attn.proj, out.transpose(1, 2).flatten(2), target)
+    return join_windows(block, out_full), join_windows(block, out)
 
 
 def _spread_values_alike(attn: QAttention, x: Tensor) -> None:
     """Gives the channels of v in a head the same deviation, so that one scale serves all; `proj` takes them back.
 
     Args:
-        x: the input of the attention in full precision, (B, N, dim).
+        x: the input of the attention in full precision, (B, N, dim) or windows of it.
     """
     values = slice(2 * attn.num_heads * attn.head_dim, None)
-    deviation = F.linear(x, attn.qkv.weight[values]).flatten(0, 1).std(0).view(attn.num_heads, -1)
+    deviation = (x @ attn.qkv.weight[values].mT).flatten(0, 1).std(0).view(attn.num_heads, -1)
     spread = (deviation / deviation.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)).clamp_min(1e-3).flatten()
     attn.qkv.weight[values] /= spread[:, None]
     attn.qkv.bias[values] /= spread
@@ -274,6 +280,12 @@ def fit_block(block: QBlock, x_full: Tensor, x: Tensor, has_irm: bool) -> tuple[
     out_full = full_precision(mlp.fc2, clipped_gelu(hidden_full))
     hidden = clipped_gelu(_fit_linear(mlp.fc1, block.norm2(x), hidden_full, block.norm2))
     return x_full + out_full, x + _fit_linear(mlp.fc2, hidden, out_full + x_full - x)
+
+
+@torch.no_grad()
+def fit_transition(merging: nn.Module, x_full: Tensor, x: Tensor) -> None:
+    """Fits patch merging on its inputs in both networks, (B, N, dim) each."""
+    _fit_linear(merging.reduction, merging.norm(merging.neighbours(x)), full_precision_merging(merging, x_full))
 
 
 def _fit_edge(layer: LinearQ | Conv2dQ, x: Tensor, channel_axis: int = -1) -> None:
@@ -329,7 +341,11 @@ def calibrate_to_full_precision(model: QVisionTransformer, images: Tensor) -> No
     full = FullPrecision(model)
     fit_embedding(model, images)
     x_full, x = full.embed(images), model.embed(images)
-    for block in model.blocks:
+    merging = transitions(model)
+    for index, block in enumerate(model.blocks):
+        if index in merging:
+            fit_transition(merging[index], x_full, x)
+            x_full, x = full.transition(index, x_full), merging[index](x)
         x_full, x = fit_block(block, x_full, x, full.has_irm)
     fit_heads(model, x)
     synchronize(model)

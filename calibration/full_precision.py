@@ -14,7 +14,8 @@ from _quan_base import LinearQ
 from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 
-__all__ = ['FullPrecision', 'fold_layer_scale', 'full_precision', 'full_precision_attention', 'heads_of']
+__all__ = ['FullPrecision', 'fold_layer_scale', 'full_precision', 'full_precision_attention',
+           'full_precision_merging', 'heads_of', 'join_windows', 'split_windows', 'transitions']
 
 
 def full_precision(layer: LinearQ, x: Tensor) -> Tensor:
@@ -49,12 +50,17 @@ class FullPrecision:
         conv = self.model.patch_embed.proj
         conv.forward = partial(nn.Conv2d.forward, conv)
         self.depth, self.num_prefix_tokens = len(model.blocks), model.num_prefix_tokens
+        self._transitions = transitions(self.model)
         norms = [norm for block in model.blocks for norm in (block.attn.norm_q, block.attn.norm_k)]
         self.has_irm = any(isinstance(norm, nn.LayerNorm) and not _is_identity(norm) for norm in norms)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> tokens, (B, N, dim)."""
         return self.model.embed(images)
+
+    def transition(self, index: int, x: Tensor) -> Tensor:
+        """What the block of that index gets of the output of the one before it."""
+        return full_precision_merging(self._transitions[index], x) if index in self._transitions else x
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """The output of a block, (B, N, dim)."""
@@ -72,14 +78,35 @@ def full_precision_attention(attn: QAttention, x: Tensor, has_irm: bool) -> tupl
     q, k, v = heads_of(attn, full_precision(attn.qkv, x))
     if has_irm:
         q, k = attn.norm_q(q), attn.norm_k(k)
-    return full_precision(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), q, k
+    return full_precision(attn.proj, attn.attend(q, k, v).transpose(1, 2).flatten(2)), q, k
 
 
 def full_precision_block(block: QBlock, x: Tensor, has_irm: bool) -> Tensor:
     """What a block computes without quantizers, (B, N, dim)."""
     mlp = block.mlp
-    x = x + block.ls1(full_precision_attention(block.attn, block.norm1(x), has_irm)[0])
+    attended = full_precision_attention(block.attn, split_windows(block, block.norm1(x)), has_irm)[0]
+    x = x + block.ls1(join_windows(block, attended))
     return x + block.ls2(full_precision(mlp.fc2, clipped_gelu(full_precision(mlp.fc1, block.norm2(x)))))
+
+
+def transitions(model: nn.Module) -> dict[int, nn.Module]:
+    """By the index of the block behind it, the patch merging of a network of several stages; none of a ViT."""
+    return getattr(model, 'transitions', {})
+
+
+def split_windows(block: nn.Module, x: Tensor) -> Tensor:
+    """The tokens that attend to one another: all of (B, N, dim), or those of each window, (B windows, N', dim)."""
+    return block.windows.split(x) if hasattr(block, 'windows') else x
+
+
+def join_windows(block: nn.Module, x: Tensor) -> Tensor:
+    """The inverse of `split_windows`."""
+    return block.windows.join(x) if hasattr(block, 'windows') else x
+
+
+def full_precision_merging(merging: nn.Module, x: Tensor) -> Tensor:
+    """What patch merging computes without quantizers, (B, N, dim) -> (B, N / 4, 2 dim)."""
+    return full_precision(merging.reduction, merging.norm(merging.neighbours(x)))
 
 
 @torch.no_grad()

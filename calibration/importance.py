@@ -30,7 +30,7 @@ def fisher_information(full: FullPrecision, images: Tensor, seed: int = 0) -> li
         x, outputs = full.embed(batch).requires_grad_(), []
         with torch.enable_grad():
             for index in range(full.depth):
-                x = full.block(index, x)
+                x = full.block(index, full.transition(index, x))
                 outputs.append(x)
             logits = full.head(x)
             if not torch.isfinite(logits).all():

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from _quan_base import LinearQ, clamp_steps_, named_quantizers
-from calibration.closed_form import check_kind, fit_block, fit_embedding, fit_heads, synchronize
-from calibration.full_precision import FullPrecision
+from calibration.closed_form import check_kind, fit_block, fit_embedding, fit_heads, fit_transition, synchronize
+from calibration.full_precision import FullPrecision, transitions
 from calibration.importance import fisher_information, information_root, weighted_error
 from calibration.twins import halve_attention_to_twins
 from calibration.views import view_of
@@ -101,7 +101,7 @@ def _learning(blocks: Sequence[QBlock]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _through(block: QBlock, x: Tensor) -> Tensor:
+def _through(block: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([block(chunk) for chunk in x.split(CHUNK)])
 
 
@@ -223,7 +223,7 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     if len(images) < 2 * config.batch_size:
         raise UserError(f'--calibration reconstruct needs at least {2 * config.batch_size} images, not {len(images)}: '
                         'raise --calibration-images, or choose --calibration mse')
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     synchronize(model)
     was_training = model.training
     model.eval()
@@ -240,7 +240,13 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
     x_full, x = (torch.cat(parts) for parts in zip(*embedded, strict=True))
     updates = math.ceil(config.epochs * _learned_from(len(images)) / config.batch_size)
     logger = MetricLogger('Calibration:', full.depth * updates, max(1, updates // 4), device, kept.blocks * updates)
+    merging = transitions(model)
     for index, block in enumerate(model.blocks):
+        if index in merging:
+            if index >= kept.blocks:
+                fit_transition(merging[index], x_full[:FITTED], x[:FITTED])
+            x_full = torch.cat([full.transition(index, chunk) for chunk in x_full.split(CHUNK)])
+            x = _through(merging[index], x)
         target = torch.cat([full.block(index, chunk) for chunk in x_full.split(CHUNK)])
         if index >= kept.blocks:
             fit_block(block, x_full[:FITTED], x[:FITTED], full.has_irm)
@@ -266,7 +272,7 @@ def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, x: Ten
     Args:
         x, x_full: the last block's output of the held-out images, in both networks.
     """
-    split, device = _learned_from(len(images)), model.pos_embed.device
+    split, device = _learned_from(len(images)), next(model.parameters()).device
     learner = _Learner(model.blocks[full.depth // 2:], split, config.tuning, 2 * config.batch_size, config.seed,
                        TUNING_RATE)
     count = len(learner.batches)
@@ -282,7 +288,7 @@ def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, x: Ten
         with torch.no_grad():
             stream = full.embed(views)
             for index in range(full.depth):
-                stream = full.block(index, stream)
+                stream = full.block(index, full.transition(index, stream))
             wanted = full.head(stream)
         return divergence(model(views), wanted)
 
@@ -325,7 +331,7 @@ class _Progress:
     def __init__(self, model: QVisionTransformer, path: Path | None, key: str) -> None:
         self.model, self.path, self.key = model, path, key
         self.finished, self.tuned = {}, {}
-        place = torch.zeros(2, dtype=torch.int64, device=model.pos_embed.device)
+        place = torch.zeros(2, dtype=torch.int64, device=next(model.parameters()).device)
         if path is not None and _is_first() and path.is_file():
             held = read_checkpoint(path)
             if held.get('calibration') == key:

@@ -7,6 +7,7 @@ and sizes are those of the tensors in the same file. All of this is checked befo
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,6 +39,16 @@ def _number(low: float, high: float) -> _Kind:
     return _Kind(lambda value: type(value) in (int, float) and low <= value <= high, f'a number from {low} to {high}')
 
 
+def _each(kind: _Kind) -> _Kind:
+    """One for each stage of a network."""
+    return _Kind(lambda value: isinstance(value, list | tuple) and 1 <= len(value) <= 16
+                 and all(map(kind.accepts, value)), f'{kind.wanted}, for each of up to 16 stages')
+
+
+def _either(*kinds: _Kind) -> _Kind:
+    return _Kind(lambda value: any(kind.accepts(value) for kind in kinds), ', or '.join(kind.wanted for kind in kinds))
+
+
 def _one_of(*values: str) -> _Kind:
     return _Kind(lambda value: type(value) is str and value in values, f'one of {", ".join(map(repr, values))}')
 
@@ -67,7 +78,9 @@ OPTIONS: dict[str, _Kind] = {
     'irm': _FLAG, 'quantize_attn': _FLAG,
     'patch_size': _Kind(lambda value: _PATCH.accepts(value) or isinstance(value, list | tuple) and len(value) == 2
                         and all(map(_PATCH.accepts, value)), f'{_PATCH.wanted}, or two'),
-    'embed_dim': _whole(1, 16384), 'depth': _whole(1, 1000), 'num_heads': _whole(1, 1024), 'in_chans': _whole(1, 1024),
+    'embed_dim': _whole(1, 16384), 'depth': _whole(1, 1000), 'depths': _each(_whole(1, 1000)),
+    'num_heads': _either(_whole(1, 1024), _each(_whole(1, 1024))), 'in_chans': _whole(1, 1024),
+    'window_size': _either(_whole(1, 256), _each(_whole(1, 256))), 'always_partition': _FLAG,
     'reg_tokens': _whole(0, 1024), 'mlp_ratio': _number(0.01, 64), 'init_values': _number(0, 100),
     'global_pool': _one_of('', 'avg', 'avgmax', 'max', 'token', 'map', 'prr'),
     'pos_embed': _one_of('', 'none', 'learn'), 'weight_init': _one_of('', 'skip', 'reset', 'jax', 'jax_nlhb', 'moco'),
@@ -242,14 +255,18 @@ def _sizes(state: dict[str, Tensor]) -> dict[str, tuple]:
         return tuple(state[name].shape) if name in state and state[name].ndim == dimensions else None
 
     blocks = {name.split('.')[1] for name in state if name.startswith('blocks.')}
-    sizes: dict[str, tuple] = {'depth': (len(blocks),)}
-    if head := shape('head.weight', 2):
+    stages = Counter(name.split('.')[1] for name in {'.'.join(name.split('.')[:4]) for name in state
+                                                     if re.match(r'layers\.\d+\.blocks\.\d+\.', name)})
+    sizes: dict[str, tuple] = {'depth': (len(blocks),), 'depths': (tuple(stages[stage] for stage in sorted(stages)),)}
+    if head := shape('head.weight', 2) or shape('head.fc.weight', 2):
         sizes['num_classes'] = (head[0],)
     filters, token = shape('patch_embed.proj.weight', 4), shape('cls_token', 3)
     if filters and not any(name.startswith('patch_embed.backbone.') for name in state):
         sizes |= {'in_chans': (filters[1],), 'patch_size': (filters[2], filters[2:])}
         if filters[2] != filters[3]:
             sizes['patch_size'] = (filters[2:],) * 2
+    if stages and filters:
+        sizes['embed_dim'] = (filters[0],)
     if not token:
         return sizes
     width = token[2]

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
+from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from _quan_base import ActQ, named_quantizers
@@ -23,8 +24,8 @@ _logger = logging.getLogger(__name__)
 
 
 def load_full_precision(model: nn.Module, checkpoint: dict) -> list[str]:
-    """Starts a network from a checkpoint of DeiT, DeiT III, ViT or DINO: of another class count or resolution, with or
-    without distillation, LayerScale, positions of the class token, or a head.
+    """Starts a network from a checkpoint of DeiT, DeiT III, ViT, DINO or Swin: of another class count or resolution,
+    with or without distillation, LayerScale, positions of the class token, or a head.
 
     Its quantizers are left uncalibrated. A quantized checkpoint is taken too, for a start with fewer bits (4 -> 3 ->
     2). Where it describes its network, the quantized weights are taken, because these are what that network computes
@@ -83,6 +84,8 @@ def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor
     if any('.norm_q.' in name for name in given) and hasattr(model, 'quant') and not model.quant.irm:
         raise UserError('the checkpoint was made with irm=True: pass --model-kwargs irm=True')
     state = _usual_names({name: value for name, value in given.items() if not is_quantizer_entry(name)}, notes)
+    if isinstance(model, SwinTransformer):
+        state = _adapt_swin(state, model, notes)
     _adapt_channels(state, own, notes)
     check_shapes({name: value for name, value in state.items() if name in own and value.ndim != own[name].ndim}, own)
     if hasattr(model, 'quant'):
@@ -106,7 +109,7 @@ def _adapt(given: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor
     return state, notes
 
 
-HEADS = ('head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias')
+HEADS = ('head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias', 'head.fc.weight', 'head.fc.bias')
 PREFIX_TOKENS = ('cls_token', 'dist_token', 'reg_token')
 
 
@@ -120,6 +123,17 @@ def _usual_names(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor
     names = {'register_tokens': 'reg_token'} | {
         name: re.sub(r'\.gamma_([12])$', r'.ls\1.gamma', name) for name in state if '.gamma_' in name}
     return {names.get(name, name): value for name, value in state.items() if name != 'mask_token'}
+
+
+def _adapt_swin(state: dict[str, Tensor], model: SwinTransformer, notes: list[str]) -> dict[str, Tensor]:
+    """The state under timm's names, also of the files of Swin's authors, position biases resized to the windows."""
+    tables = {name: value.shape for name, value in state.items() if name.endswith('.relative_position_bias_table')}
+    own = model.state_dict()
+    if any(name not in own or len(shape) != 2 for name, shape in tables.items()):
+        return state  # refused for what else it lacks or has
+    if any(own[name].shape != shape for name, shape in tables.items()):
+        notes.append('relative position biases resized to the windows of the model')
+    return checkpoint_filter_fn(state, model)
 
 
 def _check_kind(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -174,14 +188,14 @@ def _adapt_distillation(state: dict[str, Tensor], own: dict[str, Tensor], notes:
 
 def _adapt_heads(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> None:
     """Lets the heads start as the model has them where the checkpoint has none, or of other classes."""
-    if 'head.weight' in own and not any(name.startswith('head') for name in state):
+    if ('head.weight' in own or 'head.fc.weight' in own) and not any(name.startswith('head') for name in state):
         notes.append('the checkpoint has no head: it starts anew')
         state.update({name: value for name, value in own.items() if name in HEADS})
     for name in HEADS:
         if name not in own:
             state.pop(name, None)
         elif name in state and state[name].shape[0] != own[name].shape[0]:
-            if name == 'head.weight':
+            if name in ('head.weight', 'head.fc.weight'):
                 notes.append(f'the checkpoint has {state[name].shape[0]} classes, the model {own[name].shape[0]}: '
                              f'the heads start anew')
             state[name] = own[name]

@@ -14,7 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import models  # noqa: F401  registers the full-precision networks
-import quant_vision_transformer  # noqa: F401  registers the quantized ones
+import quant_swin_transformer  # noqa: F401  registers quantized ones
+import quant_vision_transformer  # noqa: F401  registers the others
 from _quan_base import LinearQ, is_calibrated, named_quantizers
 from checkpoints.building import check_described, create_network
 from checkpoints.descriptions import ModelInfo, check_registered

@@ -23,7 +23,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import _quan_base
-import quant_vision_transformer  # noqa: F401  registers the networks that packed files hold
+import quant_swin_transformer  # noqa: F401  registers networks that packed files hold
+import quant_vision_transformer  # noqa: F401  registers the others
 from _quan_base import ActQ, code_range, is_calibrated, named_quantizers
 from checkpoints.building import build_described, check_described
 from checkpoints.descriptions import FORMAT_VERSION, ModelInfo

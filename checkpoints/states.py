@@ -150,6 +150,7 @@ def check_shapes(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for name, axis, said in (
             ('cls_token', -1, 'the checkpoint is {} wide, the model {}: choose the --model of its size'),
             ('head.weight', 0, 'the checkpoint has {} classes, the model {}: choose the data set of its classes'),
+            ('head.fc.weight', 0, 'the checkpoint has {} classes, the model {}: choose the data set of its classes'),
             ('pos_embed', 1, 'the checkpoint has {} tokens, the model {}: choose its --input-size')):
         if name in differing and (both := sizes(name, axis)):
             raise UserError(said.format(*both))

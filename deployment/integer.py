@@ -30,8 +30,8 @@ from _quan_base import ActQ, Conv2dQ, LinearQ, is_calibrated, min_scale
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 from utils import UserError
 
-__all__ = ['IntAttention', 'IntBlock', 'IntLinear', 'IntegerViT', 'Quantizer', 'UnsignedCodes', 'fold_weight',
-           'int_product']
+__all__ = ['IntAttention', 'IntBlock', 'IntLinear', 'IntegerNetwork', 'IntegerViT', 'Quantizer', 'UnsignedCodes',
+           'fold_weight', 'int_product']
 
 WEIGHT_LIMIT = 127  # largest code of a weight that is quantized again
 
@@ -262,9 +262,15 @@ class IntAttention(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         qkv = self.qkv(codes).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                        # (B, H, N, d) each
-        x = self._on_codes(q, k, v) if self.quantized else F.scaled_dot_product_attention(
-            self.norm_q(q), self.norm_k(k), v)
+        x = self._on_codes(q, k, v) if self.quantized else self._attend(self.norm_q(q), self.norm_k(k), v)
         return self.proj(self.proj_in(x.transpose(1, 2).flatten(2)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention of what is not quantized."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
 
     def _on_codes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.rectified:
@@ -274,7 +280,7 @@ class IntAttention(nn.Module):
         exact = dtype if largest < 2 ** 24 else torch.float64
         q, k, v = (quant(x).to(exact) for quant, x in ((self.q_quant, q), (self.k_quant, k), (self.v_quant, v)))
         scores = (q @ k.mT - self.q_zero * k.sum(-1).unsqueeze(-2)) * self.score_scale
-        attn = self.attn_quant(scores.to(dtype).softmax(-1)).to(exact)
+        attn = self.attn_quant(self._probabilities(scores.to(dtype))).to(exact)
         product = attn @ v - self.attn_zero * v.sum(-2, keepdim=True) - self.v_zero * attn.sum(-1, keepdim=True)
         return ((product + v.shape[-2] * self.attn_zero * self.v_zero) * self.out_scale).to(dtype)
 
@@ -282,24 +288,66 @@ class IntAttention(nn.Module):
 class IntBlock(nn.Module):
     """A transformer block: float (B, N, dim) -> float (B, N, dim). The residual sums stay in floating point."""
 
+    attention = IntAttention
+
     def __init__(self, block: QBlock, terms: int) -> None:
         super().__init__()
         dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
         self.dim, self.norm1_eps, self.norm2_eps = dim, block.norm1.eps, block.norm2.eps
         self.attn_in = Quantizer.of(block.attn.qkv.act, dim, block.norm1)
-        self.attn = IntAttention(block.attn, terms, block.ls1)
+        self.attn = self.attention(block.attn, terms, block.ls1)
         self.fc1_in = Quantizer.of(block.mlp.fc1.act, dim, block.norm2)
         self.fc1 = IntLinear(block.mlp.fc1, terms)
         self.fc2_in = Quantizer.of(block.mlp.fc2.act, hidden)
         self.fc2 = IntLinear(block.mlp.fc2, terms, block.ls2)
 
+    def attend(self, codes: Tensor) -> Tensor:
+        """The attention of an image's tokens, uint8 (B, N, dim) -> float (B, N, dim)."""
+        return self.attn(codes)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_in(F.layer_norm(x, (self.dim,), eps=self.norm1_eps)))
+        x = x + self.attend(self.attn_in(F.layer_norm(x, (self.dim,), eps=self.norm1_eps)))
         hidden = F.gelu(self.fc1(self.fc1_in(F.layer_norm(x, (self.dim,), eps=self.norm2_eps))))
         return x + self.fc2(self.fc2_in(hidden.clamp_(-10., 10.)))
 
 
-class IntegerViT(nn.Module):
+class IntegerNetwork(nn.Module):
+    """What integer networks have in common: patches, and heads.
+
+    Raises:
+        UserError: see `IntegerViT`.
+    """
+    EDGE_TERMS = 2
+
+    def __init__(self, model: nn.Module, terms: int) -> None:
+        super().__init__()
+        if terms not in (1, 2):
+            raise UserError(f'{terms} terms of a folded weight: choose 1 or 2')
+        if not is_calibrated(model):
+            raise UserError('the network has no steps yet: take a trained or calibrated checkpoint')
+        if model.num_classes == 0:
+            raise UserError('the network has no heads (num_classes=0): integer inference ends in logits')
+        proj = model.patch_embed.proj
+        self.patch_size, self.input_size = proj.kernel_size, tuple(model.patch_embed.img_size)
+        self.num_classes, pixels = model.num_classes, math.prod(self.patch_size)
+        scale, zero, levels = UnsignedCodes.of(proj.act, proj.in_channels)
+        self.patch_in = Quantizer((1 / scale).repeat_interleave(pixels), zero.repeat_interleave(pixels), levels)
+        self.patch = IntLinear(proj, self.EDGE_TERMS)
+        self.heads = nn.ModuleList(IntLinear(head, self.EDGE_TERMS) for head in model.heads)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no weight was quantized again: the logits are those of the fake-quantized network."""
+        return all(layer.exact for layer in self.modules() if isinstance(layer, IntLinear))
+
+    def embedded(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> the embedded patches, (B, patches, dim)."""
+        h, w = self.patch_size
+        patches = images.to(self.patch.scale.dtype).unflatten(3, (-1, w)).unflatten(2, (-1, h))  # (B, C, H', h, W', w)
+        return self.patch(self.patch_in(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)))
+
+
+class IntegerViT(IntegerNetwork):
     """A calibrated `QVisionTransformer` in integer arithmetic: (B, C, H, W) -> logits (B, classes).
 
     Args:
@@ -318,25 +366,13 @@ class IntegerViT(nn.Module):
     Raises:
         UserError: the network is not calibrated, or has no heads.
     """
-    EDGE_TERMS = 2
 
     def __init__(self, model: QVisionTransformer, terms: int = 1, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        if terms not in (1, 2):
-            raise UserError(f'{terms} terms of a folded weight: choose 1 or 2')
-        if not is_calibrated(model):
-            raise UserError('the network has no steps yet: take a trained or calibrated checkpoint')
-        if model.num_classes == 0:
-            raise UserError('the network has no heads (num_classes=0): integer inference ends in logits')
-        proj, dim = model.patch_embed.proj, model.embed_dim
+        super().__init__(model, terms)
+        dim = model.embed_dim
         self.pools_first = isinstance(model.norm, nn.Identity)
         norm = model.fc_norm if self.pools_first else model.norm
-        self.patch_size, self.dim, self.norm_eps = proj.kernel_size, dim, norm.eps
-        self.num_classes, self.input_size = model.num_classes, tuple(model.patch_embed.img_size)
-        pixels = math.prod(self.patch_size)
-        scale, zero, levels = UnsignedCodes.of(proj.act, proj.in_channels)
-        self.patch_in = Quantizer((1 / scale).repeat_interleave(pixels), zero.repeat_interleave(pixels), levels)
-        self.patch = IntLinear(proj, self.EDGE_TERMS)
+        self.dim, self.norm_eps = dim, norm.eps
         prefix, positions = model.constant_embeddings()
         self.register_buffer('prefix', prefix.double())                                 # (1, prefix tokens, dim)
         self.register_buffer('positions', positions.double())                           # (1, patches, dim)
@@ -344,21 +380,12 @@ class IntegerViT(nn.Module):
         self.blocks = nn.Sequential(*[IntBlock(block, terms) for block in model.blocks])
         self.tokens_of_heads = model.tokens_of_heads
         self.heads_in = nn.ModuleList(Quantizer.of(head.act, dim, norm) for head in model.heads)
-        self.heads = nn.ModuleList(IntLinear(head, self.EDGE_TERMS) for head in model.heads)
         self.to(model.pos_embed.device, dtype)
         self.eval()
 
-    @property
-    def exact(self) -> bool:
-        """Whether no weight was quantized again: the logits are those of the fake-quantized network."""
-        return all(layer.exact for layer in self.modules() if isinstance(layer, IntLinear))
-
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        h, w = self.patch_size
-        patches = images.to(self.positions.dtype).unflatten(3, (-1, w)).unflatten(2, (-1, h))  # (B, C, H', h, W', w)
-        codes = self.patch_in(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))      # (B, patches, C h w)
-        x = torch.cat([self.prefix.expand(len(images), -1, -1), self.patch(codes) + self.positions], 1)
+        x = torch.cat([self.prefix.expand(len(images), -1, -1), self.embedded(images) + self.positions], 1)
         x = self.blocks(self.norm_pre(x))
         logits = [head(quantizer(self._pooled(x[:, tokens.start:tokens.stop]))) for head, quantizer, tokens in
                   zip(self.heads, self.heads_in, self.tokens_of_heads, strict=True)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deployment.integer import IntBlock, IntegerViT, IntLinear, Quantizer
+from deployment.integer import IntBlock, IntegerNetwork, IntegerViT, IntLinear, Quantizer
 from ops.cpp_library import NativeUnavailable, load
 
 __all__ = ['NativeUnavailable', 'NativeViT', 'fastest']
@@ -140,8 +140,10 @@ class NativeViT:
             self._library.qvit_free(self._handle)
 
 
-def _check_supported(network: IntegerViT) -> None:
+def _check_supported(network: IntegerNetwork) -> None:
     """Raises NativeUnavailable for a network that the kernels do not compute."""
+    if not isinstance(network, IntegerViT):
+        raise NativeUnavailable('the kernels are for ViT and DeiT, whose tokens all attend to one another')
     attention = network.blocks[0].attn if len(network.blocks) else None
     if attention is None or not attention.quantized or attention.head_dim != HEAD_WIDTH:
         raise NativeUnavailable(f'the kernels are for quantized attention with heads {HEAD_WIDTH} wide')
@@ -160,10 +162,10 @@ def _floats(values: Tensor) -> Tensor:
     return values.detach().to('cpu', torch.float32).contiguous()
 
 
-def fastest(network: IntegerViT, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+def fastest(network: IntegerNetwork, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     """The network in native kernels where a CPU can have them, and else the network itself, with a line that says why.
     """
-    if network.positions.device.type != 'cpu':
+    if network.patch.weight.device.type != 'cpu':
         return network
     try:
         native = NativeViT(network, threads)

@@ -226,10 +226,13 @@ def export_onnx(network: IntegerViT | VisionTransformer, path: str | Path, *, we
         info: what the network is, for the file's metadata.
 
     Raises:
-        UserError: onnx is not installed, an option does not fit, or the file cannot be written.
+        UserError: onnx is not installed, the network is of another kind, an option does not fit, or the file cannot be
+            written.
     """
     if onnx is None:
         raise UserError('ONNX files need the onnx package: pip install onnx onnxruntime')
+    if not isinstance(network, IntegerViT | VisionTransformer):
+        raise UserError(f'{type(network).__name__} has no ONNX form: only a ViT or DeiT can be exported')
     is_integer = isinstance(network, IntegerViT)
     g = Graph(_checked_opset(opset, weights, is_integer and quantized is not None))
     if is_integer:

@@ -11,15 +11,17 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from checkpoints.networks import ModelInfo, OpenedNetwork, open_network
-from deployment.integer import IntegerViT
+from deployment.integer import IntegerNetwork, IntegerViT
+from deployment.integer_swin import IntegerSwin
 from files.images import load_image
 from files.paths import fault
 from models import is_quantized
-from quant_vision_transformer import SIZES
+from quant_swin_transformer import QSwinTransformer
+from quant_vision_transformer import SIZES, QVisionTransformer
 from utils import UserError, printable
 
-__all__ = ['ARITHMETICS', 'BACKENDS', 'TERMS', 'Predictor', 'add_arguments', 'build_predictor',
-           'class_names', 'likeliest', 'open_quantized', 'read_picture']
+__all__ = ['ARITHMETICS', 'BACKENDS', 'TERMS', 'Predictor', 'add_arguments', 'build_predictor', 'class_names',
+           'integer_network', 'likeliest', 'open_quantized', 'read_picture']
 
 Predictor = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, classes)
 TERMS = {'int8': 1, 'int8x2': 2}        # of a folded weight, by the name of the arithmetic
@@ -47,6 +49,11 @@ def add_arguments(add: Callable[..., argparse.Action]) -> None:
         help='native: compiled kernels, torch: plain PyTorch, auto: the former where they can be compiled '
              '(default: %(default)s)')
     add('--device', default='cpu', help='cuda: plain PyTorch there (default: %(default)s)')
+
+
+def integer_network(model: QVisionTransformer | QSwinTransformer, terms: int = 1) -> IntegerNetwork:
+    """The network in integer arithmetic; UserError: see `IntegerViT`."""
+    return (IntegerSwin if isinstance(model, QSwinTransformer) else IntegerViT)(model, terms)
 
 
 def build_predictor(model: nn.Module, arithmetic: str = 'int8', backend: str = 'auto', device: str = 'cpu',
@@ -77,7 +84,7 @@ def build_predictor(model: nn.Module, arithmetic: str = 'int8', backend: str = '
         return model
     if arithmetic == 'float':
         return model
-    network = IntegerViT(model, TERMS[arithmetic])
+    network = integer_network(model, TERMS[arithmetic])
     if backend == 'torch':
         return network
     from deployment import native  # only these two backends need it, and a compiler

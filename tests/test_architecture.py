@@ -11,7 +11,7 @@ ORDER = [
     ['utils', 'files', 'samplers', 'models', 'ops'],
     ['_quan_base'],
     ['datasets', 'losses'],
-    ['checkpoints', 'quant_vision_transformer'],
+    ['checkpoints', 'quant_swin_transformer', 'quant_vision_transformer'],
     ['calibration', 'analysis'],
     ['training', 'deployment'],
     ['engine'],

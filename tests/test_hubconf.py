@@ -51,6 +51,8 @@ def test_every_registered_variant_is_an_entry_point():
     assert sorted(public) == sorted(
         [f'{bits}_{family}_{size}_patch16_224' for bits in ('twobits', 'threebits', 'fourbits')
          for family in ('deit', 'vit') for size in ('tiny', 'small', 'base')]
+        + [f'{bits}_swin_{size}_patch4_window7_224' for bits in ('twobits', 'threebits', 'fourbits')
+           for size in ('tiny', 'small')]
         + [f'vit_deit_{size}{distilled}_patch16_224' for size in ('tiny', 'small', 'base')
            for distilled in ('', '_distilled')])
     assert all(getattr(hubconf, name).__name__ == name for name in public)

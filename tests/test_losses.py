@@ -225,7 +225,7 @@ def test_teacher_refuses_attention_that_bypasses_its_modules():
 @pytest.mark.parametrize('teacher, reason', [
     ({}, None), ({'name': PLAIN}, None), ({'embed_dim': 96}, None),
     ({'depth': 1}, 'the student has 2 layers, the teacher 1'),
-    ({'num_heads': 6}, 'the student has [3, 3] heads by layer, the teacher [6, 6]: all must be equal'),
+    ({'num_heads': 6}, 'the student has [3, 3] heads by layer, the teacher [6, 6]: these must be equal'),
     ({'img_size': 48}, 'the student has 4 patch tokens, the teacher 9'),
 ])
 def test_check_dgd_compatible(teacher, reason):

@@ -20,7 +20,7 @@ from calibration.reconstruction import Reconstruction, reconstruct
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, create_network, load_quantized, network_info, read_network, state_of
 from losses import Distillation, DistillationLoss, check_dgd_compatible
-from models import Teacher, is_quantized
+from models import Teacher, count_prefix_tokens, is_quantized, network_blocks
 from training.data import Mixing
 from utils import UserError, rng_states, set_rng_state
 
@@ -150,7 +150,8 @@ def _teacher_from_file(name: str | None, path: str, num_classes: int, input_size
     if name is None:
         raise UserError(f'--teacher-path {path} does not say which network it holds: name it with --teacher-model')
     teacher = create_network(name, num_classes, input_size, what='--teacher-model', **_channels(in_chans))
-    head = state_of(checkpoint).get('head.weight')
+    state = state_of(checkpoint)
+    head = state.get('head.weight', state.get('head.fc.weight'))
     if head is not None:
         _check_classes(path, len(head), num_classes, data_set)
     if is_quantized(teacher):
@@ -217,7 +218,7 @@ def settle_dgd_weight(weight: float | None, student: nn.Module, teacher: nn.Modu
         print(f'--dgd-weight {weight:g}: ' + (reason or 'the layers and heads of the teacher match'))
     elif reason:
         raise UserError(f'--dgd-weight {weight:g} cannot be used, {reason}: pass --dgd-weight 0')
-    ours, theirs = (getattr(network, 'num_prefix_tokens', 1) for network in (student, teacher))
+    ours, theirs = (count_prefix_tokens(network) for network in (student, teacher))
     if weight and ours != theirs:
         print(f'DGD compares the patch tokens alone: the student has {ours} before them, the teacher {theirs}')
     return weight
@@ -246,14 +247,15 @@ def build_criterion(student: nn.Module, teacher: nn.Module | None, distillation:
         if not is_quantized(student):
             raise UserError(f'--token-weight {distillation.token_weight}: {type(student).__name__} does not give the '
                             'outputs of its blocks, pass 0 or choose a quantized network')
-        blocks = [[getattr(net, 'embed_dim', None)] * len(getattr(net, 'blocks', [])) for net in (student, teacher)]
-        if not blocks[0] or blocks[0] != blocks[1]:
+        widths = [[getattr(getattr(block, 'norm2', None), 'normalized_shape', None) for block in network_blocks(net)]
+                  for net in (student, teacher)]
+        if not widths[0] or widths[0] != widths[1]:
             raise UserError(f'--token-weight {distillation.token_weight}: the teacher differs from the student in '
                             'depth or width, pass 0 or choose another teacher')
     watched = None
     if teacher is not None:
         watched = Teacher(teacher, return_qk=distillation.dgd_weight > 0, return_tokens=compares_tokens)
-    return DistillationLoss(base, watched, distillation, getattr(student, 'num_prefix_tokens', 1), stored_labels)
+    return DistillationLoss(base, watched, distillation, count_prefix_tokens(student), stored_labels)
 
 
 # --- what is trained, and how -----------------------------------------------------------------------------------------
