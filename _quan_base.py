@@ -27,8 +27,8 @@ from ops import clipped_gelu, min_scale
 from utils import mean_over_ranks
 
 __all__ = ['ActQ', 'Conv2dQ', 'GeluLinearQ', 'LinearQ', 'QParams', 'Rule', 'UncalibratedError', 'alpha_of',
-           'block_weights', 'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'learned_scale',
-           'min_scale', 'named_quantizers']
+           'clamp_steps_', 'code_range', 'first_batch_rule', 'is_calibrated', 'learned_scale', 'min_scale',
+           'named_quantizers']
 
 SIGNED_THRESHOLD = -1e-5  # an activation with a value below it needs negative codes
 
@@ -139,9 +139,7 @@ class _Calibrated(nn.Module):
 
     def await_input(self, rule: Rule | None) -> None:
         """Lets the next input initialise this quantizer by `rule`; with None, what is still awaited is no more."""
-        if rule is not None:
-            self.calibrated = False
-        self._rule = rule
+        self.calibrated, self._rule = self.calibrated and rule is None, rule
 
     def _due_rule(self) -> Rule | None:
         """The rule that is to give this quantizer its scale now; None where it has one.
@@ -152,9 +150,8 @@ class _Calibrated(nn.Module):
         if not self.pending:
             return None
         if torch.compiler.is_compiling() or not (self.training or self._rule):
-            raise UncalibratedError(f'{type(self).__name__}({self.extra_repr()}) has no scale yet: call '
-                                    f'calibrate(model, images), or load a quantized checkpoint, before evaluation or '
-                                    f'torch.compile')
+            raise UncalibratedError(f'{type(self).__name__}({self.extra_repr()}) has no scale yet: before evaluation '
+                                    'or torch.compile call calibrate(model, images), or load a quantized checkpoint')
         return self._rule or first_batch_rule
 
     @torch.no_grad()
@@ -218,8 +215,7 @@ class ActQ(_Calibrated):
 
     def qparams(self, x: Tensor) -> QParams:
         """What to quantize x with. A quantizer that is due is initialised by x first; else only x's axes count."""
-        rule = self._due_rule()
-        if rule is not None:
+        if (rule := self._due_rule()) is not None:
             self._calibrate(x.detach(), rule)
         shape = (-1, 1, 1) if x.ndim == 4 else (-1,)
         return QParams(learned_scale(self.alpha).view(shape), self.zero_point.view(shape), *self.code_range)
@@ -228,8 +224,7 @@ class ActQ(_Calibrated):
         channels = x.movedim(1 if x.ndim == 4 else -1, 0).flatten(1)
         if self.granularity == 'tensor':
             channels = channels.reshape(1, -1)
-        below = mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype))
-        signed = bool(below > 0)
+        signed = bool(mean_over_ranks((channels.amin() < SIGNED_THRESHOLD).to(self.alpha.dtype)) > 0)
         self.set_qparams(*self._by_rule(channels.to(self.alpha.dtype), *code_range(self.bits, signed), rule), signed)
 
     @torch.no_grad()
@@ -281,8 +276,7 @@ class _WeightQuantized(_Calibrated):
 
     def weight_qparams(self) -> QParams:
         """What to quantize the weight with; a quantizer that is due is initialised first."""
-        rule = self._due_rule()
-        if rule is not None:
+        if (rule := self._due_rule()) is not None:
             self.set_qparams(self._by_rule(self.weight.detach().flatten(1), *self.code_range, rule)[0])
         return QParams(learned_scale(self.alpha).view(-1, *[1] * (self.weight.ndim - 1)), None, *self.code_range)
 
@@ -322,8 +316,8 @@ class _WeightQuantized(_Calibrated):
         return {**self.__dict__, '_evaluated': None}
 
     def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, weight_bits={self.weight_bits}, range={list(self.code_range)}' + \
-            ('' if self.calibrated else ', not calibrated')
+        state = '' if self.calibrated else ', not calibrated'
+        return f'{super().extra_repr()}, weight_bits={self.weight_bits}, range={list(self.code_range)}{state}'
 
 
 class LinearQ(_WeightQuantized, nn.Linear):
@@ -394,12 +388,6 @@ def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActQ | LinearQ | C
     return (item for item in model.named_modules() if isinstance(item[1], _Calibrated))
 
 
-def block_weights(model: nn.Module) -> dict[str, LinearQ | Conv2dQ]:
-    """By name, the layers whose weights have fewer than 8 bits: all but patch embedding and heads."""
-    return {name: module for name, module in named_quantizers(model)
-            if isinstance(module, _WeightQuantized) and module.weight_bits < 8}
-
-
 def is_calibrated(model: nn.Module) -> bool:
     return all(module.calibrated for _, module in named_quantizers(model))
 
@@ -407,7 +395,6 @@ def is_calibrated(model: nn.Module) -> bool:
 @torch.no_grad()
 def clamp_steps_(model: nn.Module) -> None:
     """Brings step sizes that an optimizer made zero or negative back to the smallest that a forward uses."""
-    alphas = [quantizer.alpha for _, quantizer in named_quantizers(model)]
-    if alphas:
+    if alphas := [quantizer.alpha for _, quantizer in named_quantizers(model)]:
         least = torch.tensor(min_scale(alphas[0].dtype), dtype=alphas[0].dtype)
         torch._foreach_clamp_min_(alphas, alpha_of(least).item())

@@ -12,7 +12,7 @@ import _quan_base
 import deploy
 from checkpoints.networks import open_network
 from deployment.integer import IntegerViT
-from quant_vision_transformer import QVisionTransformer
+from quant_vision_transformer import QVisionTransformerDistilled
 
 RULES = {  # other parametrisations of the scale, with their inverses
     'exponential': (torch.exp, torch.log),
@@ -68,8 +68,8 @@ def test_another_step_rule_in_onnx(tmp_path, monkeypatch):
 
 def test_a_rule_without_its_inverse_is_not_packed(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    model = QVisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=10,
-                               weight_bits=4, act_bits=4)
+    model = QVisionTransformerDistilled(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=10,
+                                        weight_bits=4, act_bits=4)
     model.train()(torch.randn(4, 3, 16, 16))
     torch.save({'model': model.state_dict(), 'qvit': {
         'format_version': 1, 'model': 'fourbits_deit_tiny_patch16_224', 'num_classes': 10, 'input_size': 16,

@@ -472,6 +472,16 @@ def test_recipes(path, tmp_path):
         weights = tmp_path / 'weights.pth'
         weights.touch()
         flags += ['--finetune', str(weights)]
+    if path.stem.startswith('calibrate_'):
+        weights = tmp_path / 'weights.pth'
+        weights.touch()
+        args = main.parse_args([*flags, '--finetune', str(weights)])
+        main.check_args(args)
+        assert args.eval and args.calibration == 'reconstruct' and args.model == 'fourbits_deit_tiny_patch16_224'
+        assert args.model_kwargs == {'calibrate_8bit': {'weight_bits': 8, 'act_bits': 8},
+                                     'calibrate_6bit': {'weight_bits': 6, 'act_bits': 6},
+                                     'calibrate_4bit_weights': {'act_bits': 8}}[path.stem]
+        return
     args = main.parse_args(flags)
     main.check_args(args)
     if path.stem.startswith('calibrate_'):

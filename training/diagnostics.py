@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from _quan_base import ActQ, block_weights, named_quantizers
+from _quan_base import ActQ, named_quantizers
 from analysis.codes import CodeStatistics, code_statistics
 from training.methods import Method
+from training.methods.oscillation import block_weights
 
 __all__ = ['Diagnostics', 'Found', 'warning_lines']
 

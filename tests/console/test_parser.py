@@ -18,6 +18,7 @@ import model_card
 import soft_labels
 import visualize
 from console.parser import path_text
+from files.readers import READERS
 from training import networks
 
 
@@ -69,9 +70,11 @@ def test_home_is_expanded(command, action, monkeypatch):
 
 def test_home_is_expanded_in_configs(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
-    (tmp_path / 'x.yaml').write_text('output_dir: ~/out\ndata-path: ~/photos\nfinetune: ~/a.pth\n')
+    (tmp_path / 'x.yaml').write_text('output_dir: ~/out\ndata-path: ~/photos\nfinetune: ~/a.pth\n'
+                                     'class_map: ~/names.txt\n')
     args = main.parse_args(['--config', '~/x.yaml'])
-    for value, name in ((args.output_dir, 'out'), (args.data_path, 'photos'), (args.finetune, 'a.pth')):
+    for value, name in ((args.output_dir, 'out'), (args.data_path, 'photos'), (args.finetune, 'a.pth'),
+                        (args.class_map, 'names.txt')):
         assert value == f'{tmp_path}/{name}'
 
 
@@ -99,8 +102,12 @@ def test_choices_that_help_knows_without_imports_are_those_of_the_code():
     assert set(choices['amp']) == set(engine.AMP_DTYPES)
     assert choices['distillation_type'] == losses.DISTILLATION_TYPES
     assert set(choices['calibration']) == set(networks.CALIBRATIONS)
-    told = next(action.help for action in main.get_args_parser()._actions if action.dest == 'data_set')
-    assert all(re.search(rf'\b{name}\b', told) for name in datasets.DATASETS)
+    assert choices['freeze'] == networks.FREEZINGS
+    told = {action.dest: action.help for action in main.get_args_parser()._actions}
+    names = re.findall(r'[A-Z]+[0-9]*(?=[ ,])', told['data_set'].partition(';')[0])
+    assert sorted(names) == sorted(datasets.DATASETS)
+    assert re.findall(r'(\w+)/\.\.\.', told['data_set']) == [*READERS]
+    assert told['inat_category'].partition(' (')[0].replace(' or ', ', ').split(', ') == [*datasets.INAT_CATEGORIES]
 
 
 @pytest.mark.processes

@@ -7,12 +7,12 @@ from helpers import TINY, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import quant_vision_transformer  # noqa: F401  registers the variants
-from _quan_base import block_weights, named_quantizers
+from _quan_base import named_quantizers
 from analysis.codes import code_statistics
 from calibration.first_batch import calibrate
 from training.diagnostics import Diagnostics, warning_lines
 from training.methods import Method
-from training.methods.oscillation import OscillationConfig, Oscillations
+from training.methods.oscillation import OscillationConfig, Oscillations, block_weights
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

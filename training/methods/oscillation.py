@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from _quan_base import block_weights
+from _quan_base import Conv2dQ, LinearQ, named_quantizers
 from training.methods import Method
 from utils import UserError
 
-__all__ = ['OSCILLATING', 'OscillationConfig', 'Oscillations']
+__all__ = ['OSCILLATING', 'OscillationConfig', 'Oscillations', 'block_weights']
 
 MOMENTUM = 0.01  # of the averages: they look back over some 100 updates
 OSCILLATING = 0.005  # the frequency from which a weight counts as oscillating
@@ -48,6 +48,12 @@ class OscillationConfig:
     @property
     def active(self) -> bool:
         return bool(self.oscillation_dampening or self.oscillation_freezing)
+
+
+def block_weights(model: nn.Module) -> dict[str, LinearQ | Conv2dQ]:
+    """By name, the layers whose weights have fewer than 8 bits: all but patch embedding and heads."""
+    return {name: module for name, module in named_quantizers(model)
+            if isinstance(module, LinearQ | Conv2dQ) and module.weight_bits < 8}
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
