@@ -29,6 +29,7 @@ import ops
 from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ, named_quantizers
 from checkpoints.full_precision import adapt_full_precision
 from models import BlockOutputs
+from utils import UserError
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QuantConfig']  # and every variant
 
@@ -251,7 +252,14 @@ class QVisionTransformer(VisionTransformerDistilled):
         return (x + x_dist) / 2
 
     def forward(self, x: Tensor, return_blocks: bool = False):
-        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block])."""
+        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block]).
+
+        Raises:
+            UserError: the call is one of torch.jit.trace or torch.onnx.export, which cannot follow it.
+        """
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            raise UserError('torch.jit.trace and torch.onnx.export cannot follow a quantized network: python deploy.py '
+                            'onnx FILE --output model.onnx writes its ONNX file, torch.export.export its graph')
         if not return_blocks:
             return self.forward_head(self.forward_features(x))
         x, outputs = self.forward_features(x, return_blocks=True)

@@ -597,3 +597,17 @@ def test_pretrained_really_loads(tmp_path, source_name, classes):
         model.eval()(images().float())
     calibrate(model, images().float())
     assert model(images().float()).shape == (4, classes)
+
+
+def test_tracers_are_told_what_exports(monkeypatch):
+    model, images = timm.create_model('fourbits_deit_tiny_patch16_224', img_size=32, depth=1), torch.randn(2, 3, 32, 32)
+    model.train()(images)
+    with pytest.raises(ValueError, match='python deploy.py onnx FILE --output model.onnx writes its ONNX file'):
+        torch.jit.trace(model.eval(), images)
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    with pytest.raises(ValueError, match='python deploy.py onnx'):
+        model(images)
+    monkeypatch.undo()
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images))
