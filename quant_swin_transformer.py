@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from _quan_base import LinearQ
 from checkpoints.full_precision import adapt_full_precision
 from checkpoints.states import is_quantizer_entry
-from models import BlockOutputs, take_fixed_options
+from models import BlockOutputs, refuse_tracing, take_fixed_options
 from quant_vision_transformer import BITS, EDGE_BITS, QK, QAttention, QMlp, QPatchEmbed, QuantConfig
 
 __all__ = ['QPatchMerging', 'QSwinBlock', 'QSwinTransformer', 'QWindowAttention', 'Windows', 'neighbours',
@@ -296,7 +296,12 @@ class QSwinTransformer(SwinTransformer):
         return (x, outputs) if return_blocks else x
 
     def forward(self, x: Tensor, return_blocks: bool = False):
-        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block])."""
+        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block]).
+
+        Raises:
+            UserError: see `refuse_tracing`.
+        """
+        refuse_tracing()
         if not return_blocks:
             return self.forward_head(self.forward_features(x))
         x, outputs = self.forward_features(x, return_blocks=True)

@@ -31,7 +31,7 @@ import ops
 from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ
 from checkpoints.full_precision import adapt_full_precision
 from checkpoints.states import is_quantizer_entry
-from models import BlockOutputs, take_fixed_options
+from models import BlockOutputs, refuse_tracing, take_fixed_options
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QVisionTransformerDistilled',
            'QuantConfig']  # and every variant
@@ -292,7 +292,12 @@ class QVisionTransformer(VisionTransformer):
         return (x, outputs) if return_blocks else x
 
     def forward(self, x: Tensor, return_blocks: bool = False):
-        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block])."""
+        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block]).
+
+        Raises:
+            UserError: the call is one of torch.jit.trace or torch.onnx.export, which cannot follow it.
+        """
+        refuse_tracing()
         if not return_blocks:
             return self.forward_head(self.forward_features(x))
         x, outputs = self.forward_features(x, return_blocks=True)

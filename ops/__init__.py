@@ -60,6 +60,6 @@ def choose(native: bool | None, device: torch.device) -> str:
     except NativeUnavailable as error:
         if native:
             raise UserError(f'--native-kernels: {error}') from error
-        print(f'training goes on without its C++ kernels: {error}')
+        print(f'quantizers are computed in plain PyTorch, without C++ kernels: {error}')
         return 'torch'
     return 'cpu'

@@ -1,5 +1,6 @@
 """What the documentation says of the code: snippets import what there is, and named files are there."""
 import ast
+import builtins
 import importlib
 import json
 import re
@@ -30,6 +31,16 @@ def test_snippets_import_what_there_is(page):
                 for alias in node.names:
                     if alias.name.partition('.')[0] in OWN:
                         importlib.import_module(alias.name)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_snippets_define_what_they_use(page):
+    for snippet in re.findall(r'```python\n(.*?)```', page.read_text(encoding='utf-8'), re.DOTALL):
+        names = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Name)]
+        known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+        known |= {(alias.asname or alias.name).partition('.')[0] for node in ast.walk(ast.parse(snippet))
+                  if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+        assert {node.id for node in names} <= known
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

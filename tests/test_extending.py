@@ -1,12 +1,15 @@
 """What README says of extending the project: each kind of addition trains, is packed, and computes the same."""
+import os
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, require, run
+from PIL import Image
 
 import _quan_base
 import deploy
@@ -132,3 +135,28 @@ for arithmetic in ('float', 'int8'):
     trained, packed, integer = [float(value) for value in re.findall(r'\* Acc@1 (\S+)', done.stdout)[-3:]]
     assert trained > 50 and packed == pytest.approx(trained, abs=1) and integer == pytest.approx(trained, abs=2)
     assert 'loss_size: ' in done.stdout
+
+
+# --- own classes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.whole_run
+@pytest.mark.processes
+def test_own_classes(tmp_path):
+    """Photos in a folder with spaces and accents become a packed file by one script, which goes on where it stopped."""
+    photos, out, rng = tmp_path / 'Meine Fotos é', tmp_path / 'aus gang', np.random.default_rng(0)
+    for label, name in enumerate(('Bär', 'chat noir', 'dog')):
+        for part, count in (('train', 8), ('val', 2)):
+            (photos / part / name).mkdir(parents=True)
+            for index in range(count):
+                noise = rng.integers(0, 60, (50, 40, 3)) + 150 * (np.arange(3) == label)
+                Image.fromarray(noise.astype(np.uint8)).save(photos / part / name / f'Foto {index}.jpg')
+    shape = '--model-kwargs depth=1 embed_dim=24 num_heads=2 --num_workers 0 --device cpu --no-native-kernels'
+    env = os.environ | {'PYTHON': sys.executable, 'EPOCHS': '1', 'BATCH': '8', 'FLAGS': shape}
+    command = ['bash', ROOT / 'examples/own_classes.sh', photos, out, '96']
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    opened = open_network(out / 'low-bit/best_checkpoint.qvit.safetensors')
+    assert opened.info.classes == ['Bär', 'chat noir', 'dog'] and opened.info.input_size == 96
+    card = (out / 'low-bit/model_card.md').read_text()
+    assert 'images of the folder `Meine Fotos é`' in card and 'IMNET, after' not in card

@@ -597,3 +597,20 @@ def test_pretrained_really_loads(tmp_path, source_name, classes):
         model.eval()(images().float())
     calibrate(model, images().float())
     assert model(images().float()).shape == (4, classes)
+
+
+@pytest.mark.parametrize(('name', 'options'), [
+    ('fourbits_deit_tiny_patch16_224', {'depth': 1}),
+    ('fourbits_swin_tiny_patch4_window7_224', {'depths': (1,), 'num_heads': (2,), 'embed_dim': 16, 'window_size': 4})])
+def test_tracers_are_told_what_exports(name, options, monkeypatch):
+    model, images = timm.create_model(name, img_size=32, **options), torch.randn(2, 3, 32, 32)
+    model.train()(images)
+    with pytest.raises(ValueError, match='python deploy.py onnx FILE --output model.onnx writes its ONNX file'):
+        torch.jit.trace(model.eval(), images)
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    with pytest.raises(ValueError, match='python deploy.py onnx'):
+        model(images)
+    monkeypatch.undo()
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images))
