@@ -149,8 +149,8 @@ def is_quantized(model: nn.Module) -> bool:
 def refuse_tracing() -> None:
     """Refuses the calls of torch.jit.trace and torch.onnx.export, which cannot follow a quantized network."""
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        raise UserError('torch.jit.trace and torch.onnx.export cannot follow a quantized network: python deploy.py onnx '
-                        'FILE --output model.onnx writes its ONNX file, torch.export.export its graph')
+        raise UserError('torch.jit.trace and torch.onnx.export cannot follow a quantized network: python deploy.py '
+                        'onnx FILE --output model.onnx writes its ONNX file, torch.export.export its graph')
 
 
 def take_fixed_options(options: dict, fixed: dict) -> None:
