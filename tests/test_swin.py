@@ -346,10 +346,8 @@ def test_manifest_and_countings():
     tensors, products = analyse(model)
     rows = manifest(tensors)
     places = list(dict.fromkeys(row['where'] for row in rows))
-    assert places == ['patch_embed', 'layers.0.blocks.0', 'layers.0.blocks.1', 'layers.1.downsample',
-                      'layers.1.blocks.0', 'layers.1.blocks.1', 'norm', 'pool', 'head', 'logits'] or places == [
-                      'patch_embed', 'layers.0.blocks.0-1', 'layers.1.downsample', 'layers.1.blocks.0-1', 'norm',
-                      'pool', 'head', 'logits']
+    assert places == ['patch_embed', 'layers.0.blocks.0-1', 'layers.1.downsample', 'layers.1.blocks.0-1', 'norm', 'pool',
+                      'head', 'logits']
     named = {row['quantizer'] for row in rows if row['quantizer']}
     assert {'attn.qkv', 'attn.attn_act', 'mlp.fc2.act', 'reduction.act', 'fc.act'} <= named
     assert sum(tensor.elements for tensor in tensors if tensor.parameter) + sum(
@@ -391,14 +389,23 @@ def test_integers_are_exact_per_tensor(form, options):
     assert network.exact
 
 
-def test_folded_channels_are_close():
+@pytest.mark.parametrize('terms, most', [(1, 0.2), (2, 0.005)])
+def test_folded_channels_are_close(terms, most):
+    """Layer by layer on the same input: a code that rounds otherwise is 1/16 of its range, which layers add up."""
     model, x = calibrated('odd maps'), images('odd maps')
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, quantizer in named_quantizers(model):  # the first batch gives all channels one scale
             quantizer.alpha.mul_(1 + torch.rand(quantizer.alpha.shape, generator=generator))
-        errors = [relative(IntegerSwin(model, terms, torch.float64)(x), model(x)) for terms in (1, 2)]
-    assert errors[1] < 0.02 and errors[0] < 0.3 and not integer_network(model).exact
+        network = IntegerSwin(model, terms, torch.float64)
+        assert not network.exact
+        stream, layers = model.embed(x), iter(network.layers)
+        assert relative(network.norm_pre(network.embedded(x)), stream) < 0.005  # always two terms
+        for index, block in enumerate(model.blocks):
+            for layer in (*filter(None, [model.transitions.get(index)]), block):
+                given, stream = stream, layer(stream)
+                assert 0 < relative(next(layers)(given), stream) < most
+        assert next(layers, None) is None
 
 
 def test_what_has_no_form_for_it_says_so_in_a_line(tmp_path, capsys):
@@ -454,21 +461,22 @@ def test_descriptions_of_other_sizes_are_refused(name, value):
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
-TINY = ('--model-kwargs', 'embed_dim=16', 'depths=(2,1)', 'num_heads=(2,4)', 'patch_size=2', 'window_size=4',
-        '--input-size', '16', '--batch-size', '128', '--num_workers', '0', '--device', 'cpu', '--warmup-epochs', '0',
-        '--weight-decay', '0', '--no-repeated-aug', '--print-freq', '4')
+TINY = ('--model-kwargs', 'embed_dim=32', 'depths=(2,1)', 'num_heads=(2,4)', 'patch_size=4', 'window_size=2',
+        '--input-size', '16', '--batch-size', '64', '--num_workers', '0', '--device', 'cpu', '--warmup-epochs', '0',
+        '--weight-decay', '0', '--no-repeated-aug', '--mixup', '0', '--cutmix', '0', '--reprob', '0', '--smoothing',
+        '0', '--print-freq', '20')
 
 
 @pytest.mark.whole_run
 def test_from_full_precision_to_a_packed_file(tmp_path, capsys):
-    assert run(*TINY, '--model', 'swin_tiny_patch4_window7_224', '--epochs', 2, '--opt', 'adamw', '--lr', '1e-2',
+    assert run(*TINY, '--model', 'swin_tiny_patch4_window7_224', '--epochs', 3, '--opt', 'adamw', '--lr', '1e-2',
                '--output_dir', tmp_path / 'teacher') == 0
     teacher, out, packed = tmp_path / 'teacher' / 'best_checkpoint.pth', tmp_path / 'out', tmp_path / 'net.safetensors'
     assert run(*TINY, '--model', NAME, '--opt', 'fusedlamb', '--lr', '5e-3', '--finetune', teacher, '--teacher-path',
                teacher, '--distillation-type', 'hard', '--calibration', 'mse', '--epochs', 1, '--output_dir', out) == 0
     assert '--dgd-weight 1: the layers and heads of the teacher match' in capsys.readouterr().out
     log = [json.loads(line) for line in (out / 'log.txt').read_text().splitlines()]
-    assert log[-1]['test_acc1'] > 40 and log[-1]['train_loss_dgd_q'] > 0
+    assert log[-1]['test_acc1'] > 60 and log[-1]['train_loss_dgd_q'] > 0
     assert NAME in (out / 'model_card.md').read_text() and 'bops' in (out / 'model_card.json').read_text()
 
     best = out / 'best_checkpoint.pth'
