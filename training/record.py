@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from analysis.logs import parse_epoch
 from analysis.model_card import write_model_card
 from checkpoints.networks import ModelInfo
+from files.readers import is_reader
 from files.samples import first_images
 from models import is_quantized
 from training.diagnostics import Diagnostics, warning_lines
@@ -25,6 +26,8 @@ from utils import MetricLogger, UserError, printable, write_whole_text
 __all__ = ['RunRecord', 'describe_run', 'keep_log_before', 'run_lines', 'write_args']
 
 DIAGNOSED_IMAGES = 16
+EVALUATED_DATA = ('data_path', 'data_set', 'inat_category', 'class_map', 'val_split', 'input_key', 'target_key',
+                  'exif_orientation')  # the flags that say which images an evaluation sees
 
 
 def describe_run(flags: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -173,7 +176,9 @@ class RunRecord:
     def summary(self) -> str:
         """Where the results of the finished run are, and which commands take them."""
         folder, best = self.folder, shlex.quote(str(self.folder / 'best_checkpoint.pth'))
-        data = f' --data-path {shlex.quote(str(self.flags["data_path"]))}' if self.flags.get('data_path') else ''
+        data = ''.join(f' {_as_flag(name, value)}' for name, value in self.flags.items()
+                       if name in EVALUATED_DATA and value != self.defaults.get(name)
+                       and (name != 'data_set' or is_reader(value)))  # other names stand in the checkpoint
         lines = [f'{self.training.max_accuracy:.2f} % top-1: {folder / "best_checkpoint.pth"}, with model_card.md; the '
                  'last epoch: checkpoint.pth', f'its course: {folder / "log.txt"}, or tensorboard --logdir '
                  f'{shlex.quote(str(folder))}; its flags: args.json',

@@ -18,7 +18,7 @@ from utils import Ranks, UserError, set_rng_state
 __all__ = ['SOURCES', 'Position', 'check_sources', 'resume', 'resume_and_say', 'sources_of']
 
 FOREIGN = ['not written by this code']
-SOURCES = ('finetune', 'teacher_path', 'soft_labels')  # the files that a run is made of, by the flags that name them
+SOURCES = ('finetune', 'teacher_path', 'soft_labels', 'class_map')  # what a run is made of, by flag
 
 
 @dataclass(frozen=True)
