@@ -42,9 +42,8 @@ FIXED_OPTIONS = {  # of timm's VisionTransformer, with the only value that these
     'act_layer': None, 'attn_layer': None, 'block_fn': None, 'embed_layer': None, 'embed_norm_layer': None,
     'final_norm': True, 'mlp_layer': None, 'pos_embed': 'learn', 'proj_bias': True, 'qk_norm': False,
     'scale_attn_norm': False, 'scale_mlp_norm': False}
-FIXED_IF_DISTILLED = {
-    'class_token': True, 'fc_norm': False, 'global_pool': 'token', 'init_values': None, 'no_embed_class': False,
-    'pre_norm': False, 'reg_tokens': 0}
+FIXED_IF_DISTILLED = {'class_token': True, 'fc_norm': False, 'global_pool': 'token', 'init_values': None,
+                      'no_embed_class': False, 'pre_norm': False, 'reg_tokens': 0}
 QK = tuple[Tensor, Tensor]
 
 
@@ -292,11 +291,7 @@ class QVisionTransformer(VisionTransformer):
         return (x, outputs) if return_blocks else x
 
     def forward(self, x: Tensor, return_blocks: bool = False):
-        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block]).
-
-        Raises:
-            UserError: the call is one of torch.jit.trace or torch.onnx.export, which cannot follow it.
-        """
+        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block])."""
         refuse_tracing()
         if not return_blocks:
             return self.forward_head(self.forward_features(x))

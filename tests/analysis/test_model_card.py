@@ -48,8 +48,8 @@ def test_accuracies_are_those_of_the_first_best_epoch(model, tmp_path):
         'measured_by': 'this run', 'epoch': 1, 'is_best': True, 'images': 650,
         'test': {'top1': 62.5, 'top5': 91.125, 'loss': 1.25}, 'test_ema': None,
         'teacher': {'top1': 70., 'top5': 95., 'loss': .5}}
-    assert 'Measured by this run, on the 650 evaluation images of IMNET, after epoch 1 (counted from 0), ' \
-           'the best of 3' in text
+    assert 'Measured by this run, on the 650 evaluation images of the folder `imagenet`, after epoch 1 (counted ' \
+           'from 0), the best of 3' in text
     assert '| network | 62.50 | 91.12 | 1.2500 |\n| teacher | 70.00 | 95.00 | 0.5000 |' in text
     assert 'Epochs: 3 of 7.' in text and card['epochs_done'] == 3
 

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from calibration.first_batch import calibrate
@@ -317,7 +318,8 @@ def test_networks_of_all_kinds_come_back(name, kwargs, tmp_path):
 
 def test_every_option_is_one_of_the_networks():
     """A misspelt entry of the list would let nothing through, or let through what timm hands on unread."""
-    known = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(QVisionTransformer).parameters}
+    known = {name for kind in (VisionTransformer, SwinTransformer, QVisionTransformer)
+             for name in inspect.signature(kind).parameters}
     assert OPTIONS.keys() <= known
 
 

@@ -171,7 +171,7 @@ def test_without_a_compiler(monkeypatch, capsys):
     monkeypatch.setattr(ops.registry, '_made', {})
     monkeypatch.setenv('CXX', 'no-such-compiler')
     assert ops.choose(None, torch.device('cpu')) == 'torch'
-    assert 'without its C++ kernels: no C++ compiler (no-such-compiler)' in capsys.readouterr().out
+    assert 'without C++ kernels: no C++ compiler (no-such-compiler)' in capsys.readouterr().out
     with pytest.raises(UserError, match=r'--native-kernels: no C\+\+ compiler \(no-such-compiler\)'):
         ops.choose(True, torch.device('cpu'))
     assert ops.choose(False, torch.device('cpu')) == ops.choose(None, torch.device('cuda')) == 'torch'
