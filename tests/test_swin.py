@@ -346,8 +346,8 @@ def test_manifest_and_countings():
     tensors, products = analyse(model)
     rows = manifest(tensors)
     places = list(dict.fromkeys(row['where'] for row in rows))
-    assert places == ['patch_embed', 'layers.0.blocks.0-1', 'layers.1.downsample', 'layers.1.blocks.0-1', 'norm', 'pool',
-                      'head', 'logits']
+    assert places == ['patch_embed', 'layers.0.blocks.0-1', 'layers.1.downsample', 'layers.1.blocks.0-1', 'norm',
+                      'pool', 'head', 'logits']
     named = {row['quantizer'] for row in rows if row['quantizer']}
     assert {'attn.qkv', 'attn.attn_act', 'mlp.fc2.act', 'reduction.act', 'fc.act'} <= named
     assert sum(tensor.elements for tensor in tensors if tensor.parameter) + sum(
