@@ -19,7 +19,7 @@ GALLERY = ROOT / 'docs/gallery'
 # What decides how the pictures look: the drawing, and what the student starts from.
 CODE = ('analysis/figures.py', 'analysis/inspection.py', 'analysis/codes.py', 'analysis/images.py', 'visualize.py',
         'calibration/closed_form.py', 'calibration/scales.py', 'calibration/irm.py')
-NETWORK = ('--input-size', '32', '--model-kwargs', 'patch_size=4', 'depth=6', '--no-repeated-aug', '--drop-path', '0',
+NETWORK = ('--input-size', '32', '--model-kwargs', 'patch_size=4', 'depth=4', '--no-repeated-aug', '--drop-path', '0',
            '--batch-size', '32', '--num_workers', '0', '--print-freq', '15', '--device', 'cpu')
 
 
@@ -44,9 +44,9 @@ def draw(folder: Path) -> None:
     teacher, student = folder / 'teacher', folder / 'student'
     weights, trained = str(teacher / 'best_checkpoint.pth'), str(student / 'best_checkpoint.pth')
     runs = [
-        [*NETWORK, '--model', 'deit_tiny_distilled_patch16_224', '--epochs', '20', '--warmup-epochs', '2', '--lr',
+        [*NETWORK, '--model', 'deit_tiny_distilled_patch16_224', '--epochs', '12', '--warmup-epochs', '1', '--lr',
          '1.6e-2', '--output_dir', str(teacher)],
-        [*NETWORK, '--model', 'fourbits_deit_tiny_patch16_224', '--epochs', '6', '--warmup-epochs', '0',
+        [*NETWORK, '--model', 'fourbits_deit_tiny_patch16_224', '--epochs', '5', '--warmup-epochs', '0',
          '--weight-decay', '0.', '--lr', '8e-3', '--opt', 'fusedlamb', '--distillation-type', 'hard', '--finetune',
          weights, '--teacher-path', weights, '--output_dir', str(student)]]
     networks = ['--resume', trained, '--teacher-path', weights]
