@@ -30,6 +30,12 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != 'none')
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU multiplies float32 in TF32, with 10 bits of mantissa: matrix products and convolutions alike."""
+    torch.set_float32_matmul_precision('high' if allowed else 'highest')
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 

@@ -52,9 +52,11 @@ def get_args_parser() -> ArgumentParser:
     add('--grad-checkpointing', action='store_true', help='less memory, more time: blocks are computed twice')
     add('--freeze', choices=('all-but-quantizers', 'all-but-heads'), help='train steps and zero points only, or the '
         'heads only')
+    add('--tf32', action='store_true', help='float32 products of a GPU in TF32: faster, with 10 bits of mantissa')
     add('--compile', action='store_true', help='torch.compile')
     add('--native-kernels', action=BooleanOptionalAction,
         help='quantizers in C++, compiled on first use (default: on a CPU, where a compiler is found)')
+    add('--kernels', choices=('triton',), help='quantizers in Triton, on a GPU; not yet measured on any')
 
     group = parser.add_argument_group('optimizer and schedule')
     add = group.add_argument
@@ -182,7 +184,7 @@ from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import ModelInfo, load_quantized, names_quantized, network_info, read_network, say_doubts
 from checkpoints.packed import is_packed
 from datasets import Augmentation, Normalization, SeededSamples, choose_data_set, normalization
-from engine import Loop, autocast, evaluate_and_say, fit
+from engine import Loop, allow_tf32, autocast, evaluate_and_say, fit
 from files.readers import is_stream, without_place
 from losses import Distillation
 from ops import cpu_memory
@@ -236,11 +238,12 @@ def prepare(args: Namespace, held: ExitStack) -> Setting:
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     device, ranks = init_distributed(args.device, args.world_size, args.dist_url)
     args.rank, args.world_size = ranks
+    allow_tf32(args.tf32)
     if device_was_open and args.device == 'cpu':
         print('no CUDA GPU here: running on the CPU')
     if device.type == 'cpu':
         cpu_memory.keep_freed_memory()
-    implementation = ops.choose(args.native_kernels, device)
+    implementation = ops.choose(args.native_kernels, device, args.kernels)
     args.native_kernels = implementation == 'cpu'
     output = Path(args.output_dir) if args.output_dir else None
     is_writer = output is not None and ranks.rank == 0 and not (args.eval and args.resume)

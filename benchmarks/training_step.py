@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import engine  # noqa: E402
 import ops  # noqa: E402
 from _quan_base import clamp_steps_  # noqa: E402
 from calibration.first_batch import calibrate  # noqa: E402
@@ -75,7 +76,9 @@ class Settings:
     threads: int
     compile: bool
     native_kernels: bool
+    kernels: str | None
     amp: str
+    tf32: bool
     repeats: int
     json: Path | None
     memory_of: list[str] | None
@@ -96,7 +99,10 @@ def parse_args(argv: list[str]) -> Settings:
     add('--threads', default=torch.get_num_threads(), type=int, metavar='N', help='of the CPU (here: %(default)s)')
     add('--compile', action='store_true', help='torch.compile both networks, the quantized one with fullgraph=True')
     add('--native-kernels', action='store_true', help='quantizers and DGD in C++, on a CPU')
-    add('--amp', default='none', choices=('none', 'bf16'), help='bf16: under autocast (default: %(default)s)')
+    add('--kernels', choices=('triton',), help='quantizers in Triton, on a GPU')
+    add('--amp', default='none', choices=engine.AMP_DTYPES, help='precision of the matrix products; the loss is not scaled '
+        '(default: %(default)s)')
+    add('--tf32', action='store_true', help='float32 products of a GPU in TF32')
     add('--repeats', default=10, type=int, metavar='N',
         help='timed pairs of steps; more of them narrow the quartiles (default: %(default)s)')
     add('--json', type=Path, metavar='FILE', help='also write the results there, with the time of every step')
@@ -107,6 +113,8 @@ def parse_args(argv: list[str]) -> Settings:
         parser.error('the numbers are at least 1, and --input-size is a multiple of 16')
     if settings.native_kernels and settings.device != 'cpu':
         parser.error('--native-kernels are for --device cpu')
+    if settings.kernels and settings.device == 'cpu':
+        parser.error(f'--kernels {settings.kernels} are for --device cuda')
     if not (settings.device == 'cpu' or settings.device.startswith('cuda') and torch.cuda.is_available()):
         parser.error(f'--device {settings.device}: neither cpu nor a GPU that PyTorch {torch.__version__} finds')
     return settings
@@ -125,7 +133,7 @@ def build_network(name: str, settings: Settings, images: Tensor) -> nn.Module:
     if name == 'quantized':
         net = timm.create_model(settings.model, img_size=settings.input_size, **settings.model_kwargs)
         net.to(settings.device)
-        ops.use(net, ops.choose(settings.native_kernels, torch.device(settings.device)))
+        ops.use(net, ops.choose(settings.native_kernels, torch.device(settings.device), settings.kernels))
         calibrate(net, images)
     else:
         net = timm.create_model(VARIANTS[settings.model], img_size=settings.input_size).to(settings.device)
@@ -151,7 +159,7 @@ def build_step(name: str, mode: str, net: nn.Module, settings: Settings, batch: 
                watch: Stopwatch) -> Callable[[], None]:
     """The function to measure, whose parts `watch` times."""
     images, labels = batch
-    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, enabled=settings.amp == 'bf16')
+    autocast = engine.autocast(torch.device(settings.device), settings.amp)
     net.train(mode == 'training step')
     if mode == 'evaluation':
         def evaluate() -> None:
@@ -307,8 +315,9 @@ def table(results: dict) -> str:
 def main(argv: list[str]) -> None:
     settings = parse_args(argv)
     torch.set_num_threads(settings.threads)
+    engine.allow_tf32(settings.tf32)
     try:
-        ops.choose(settings.native_kernels, torch.device(settings.device))  # compiles, before anything is measured
+        ops.choose(settings.native_kernels, torch.device(settings.device), settings.kernels)  # compiles, before anything is measured
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)

@@ -5,9 +5,10 @@
     reference   plain compositions of the quantizer's equation
     torch       quantizes again in the backward instead of keeping quantized copies; any device (the default)
     cpu         the same with elementwise passes in C++; what these do not take is left to torch
+    triton      the same with elementwise passes in Triton, for GPUs; not yet measured on any
 
-`use(model, name)` sets it for a whole network, `get(layer.implementation).linear(...)` computes. Another one, for GPUs
-say, is a class with these methods and a line below.
+`use(model, name)` sets it for a whole network, `get(layer.implementation).linear(...)` computes. Another one is
+a class with these methods and a line below.
 """
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ __all__ = ['Grid', 'NativeUnavailable', 'choose', 'clipped_gelu', 'get', 'min_sc
 register('reference', Reference)
 register('torch', lambda: Recomputing('torch', TorchKernels()))
 register('cpu', lambda: OpaqueRecomputing('cpu', CppKernels()))
+register('triton', lambda: Recomputing('triton', _triton_kernels()))
 
 
 def use(model: nn.Module, name: str) -> None:
@@ -43,16 +45,31 @@ def use(model: nn.Module, name: str) -> None:
             module.implementation = name
 
 
-def choose(native: bool | None, device: torch.device) -> str:
-    """The implementation for a device: 'cpu' on a CPU that has a C++ compiler, else 'torch'.
+def _triton_kernels() -> TorchKernels:
+    try:
+        from ops.triton_kernels import TritonKernels
+    except ImportError as error:
+        raise NativeUnavailable(f'Triton cannot be imported ({error})') from error
+    return TritonKernels()
+
+
+def choose(native: bool | None, device: torch.device, kernels: str | None = None) -> str:
+    """The implementation for a device: `kernels`; else 'cpu' on a CPU that has a C++ compiler, and 'torch' elsewhere.
 
     Args:
         native: True demands the C++ kernels and False refuses them; None takes them where they can be had, and says so
             where they cannot.
+        kernels: the implementation that is demanded; None leaves it open.
 
     Raises:
-        UserError: they are demanded and cannot be had.
+        UserError: what is demanded cannot be had.
     """
+    if kernels is not None:
+        try:
+            get(kernels)
+        except NativeUnavailable as error:
+            raise UserError(f'--kernels {kernels}: {error}') from error
+        return kernels
     if not (device.type == 'cpu' if native is None else native):
         return 'torch'
     try:

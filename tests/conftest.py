@@ -1,5 +1,6 @@
 """Fixtures that tests of whole runs share."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def implementation(request, monkeypatch) -> str:
     """Runs a test with each implementation of the quantized products, which all layers of it use."""
     if request.param == 'cpu' and shutil.which('g++') is None:
         pytest.skip('no C++ compiler')
+    if request.param == 'triton' and os.environ.get('TRITON_INTERPRET') != '1':
+        pytest.skip('on a CPU it is plain torch; tests/ops/test_triton_kernels.py interprets its kernels')
     for kind in (_quan_base._Calibrated, QAttention):
         monkeypatch.setattr(kind, 'implementation', request.param)
     return request.param

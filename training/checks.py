@@ -64,6 +64,7 @@ def _check_device(args: Namespace) -> None:
     elif kind not in ('cuda', 'cpu'):
         _require(_can_compute(device), f'--device {args.device}: PyTorch finds no such device here, choose cuda or cpu')
     _require(args.amp != 'fp16' or kind != 'cpu', '--amp fp16 needs a GPU: choose bf16 or none')
+    _require(args.kernels is None or kind == 'cuda', f'--kernels {args.kernels} are for GPUs, not {kind}: leave it out')
     _require(not args.native_kernels or kind == 'cpu', f'--native-kernels are for CPUs, not {kind}: leave it out, or '
                                                        'choose --device cpu')
 
