@@ -36,7 +36,7 @@ from _quan_base import QParams, code_range  # noqa: E402
 from checkpoints.files import read_checkpoint  # noqa: E402
 from utils import UserError, report, write_whole  # noqa: E402
 
-# Relative error, by norms, of float32 against float64. A value in a million lies so near a border that its code differs.
+# Relative error, by norms, of float32 against float64. Few values lie so near a border that their code differs.
 MOST_ERROR = 1e-2
 
 
@@ -242,7 +242,8 @@ def training_step(settings: Settings) -> dict[str, Any]:
 def data_loading(settings: Settings) -> dict[str, Any]:
     """Images/s of the data alone on this machine."""
     cores = os.cpu_count() or 1
-    size = ('--workers', 0, '--batches', 1, '--repeats', 1, '--batch-size', 2, '--input-size', 32)         if settings.dry_run else ('--workers', *sorted({1, max(1, cores // 2), cores}), '--batches', 12)
+    size = ('--workers', 0, '--batches', 1, '--repeats', 1, '--batch-size', 2, '--input-size', 32) \
+        if settings.dry_run else ('--workers', *sorted({1, max(1, cores // 2), cores}), '--batches', 12)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'loading.json'
         ran(python(ROOT / 'benchmarks' / 'data_loading.py', *size, '--json', file))
@@ -251,7 +252,8 @@ def data_loading(settings: Settings) -> dict[str, Any]:
 
 def inference(settings: Settings) -> dict[str, Any]:
     """Integer inference beside full precision: `deploy.py bench`."""
-    size = ('--batch-sizes', 1, '--runs', 1, '--contenders', 'torch-int', '--model', 'fourbits_deit_tiny_patch16_224')         if settings.dry_run else ('--batch-sizes', 1, settings.batch_size, '--runs', 20)
+    size = ('--batch-sizes', 1, '--runs', 1, '--contenders', 'torch-int', '--model',
+            'fourbits_deit_tiny_patch16_224') if settings.dry_run else ('--batch-sizes', 1, settings.batch_size, '--runs', 20)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'inference.json'
         ran(python(ROOT / 'deploy.py', 'bench', '--device', settings.device, *size, '--json', file))
@@ -346,8 +348,8 @@ def _lines(value: Any, indent: int = 0) -> list[str]:
 
 def _step_rows(result: dict[str, Any]) -> list[str]:
     """The columns of docs/training_speed.md."""
-    lines = ['| | | full precision (ms) | quantized (ms) | time ratio | images/s, full | quantized | full precision (MB) '
-             '| quantized (MB) | memory ratio |', '|---|---|' + '--:|' * 8]
+    lines = ['| | | full precision (ms) | quantized (ms) | time ratio | images/s, full | quantized | full precision '
+             '(MB) | quantized (MB) | memory ratio |', '|---|---|' + '--:|' * 8]
     both, notes = ('full precision', 'quantized'), []
     for form, found in result.items():
         if isinstance(found, str):

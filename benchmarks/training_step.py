@@ -100,8 +100,8 @@ def parse_args(argv: list[str]) -> Settings:
     add('--compile', action='store_true', help='torch.compile both networks, the quantized one with fullgraph=True')
     add('--native-kernels', action='store_true', help='quantizers and DGD in C++, on a CPU')
     add('--kernels', choices=('triton',), help='quantizers in Triton, on a GPU')
-    add('--amp', default='none', choices=engine.AMP_DTYPES, help='precision of the matrix products; the loss is not scaled '
-        '(default: %(default)s)')
+    add('--amp', default='none', choices=engine.AMP_DTYPES, help='precision of the products; the loss is not '
+        'scaled (default: %(default)s)')
     add('--tf32', action='store_true', help='float32 products of a GPU in TF32')
     add('--repeats', default=10, type=int, metavar='N',
         help='timed pairs of steps; more of them narrow the quartiles (default: %(default)s)')
@@ -128,12 +128,16 @@ def build_batch(settings: Settings) -> tuple[Tensor, Tensor]:
     return images.to(settings.device), labels.to(settings.device)
 
 
+def implementation_of(settings: Settings) -> str:
+    return ops.choose(settings.native_kernels, torch.device(settings.device), settings.kernels)
+
+
 def build_network(name: str, settings: Settings, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
     if name == 'quantized':
         net = timm.create_model(settings.model, img_size=settings.input_size, **settings.model_kwargs)
         net.to(settings.device)
-        ops.use(net, ops.choose(settings.native_kernels, torch.device(settings.device), settings.kernels))
+        ops.use(net, implementation_of(settings))
         calibrate(net, images)
     else:
         net = timm.create_model(VARIANTS[settings.model], img_size=settings.input_size).to(settings.device)
@@ -317,7 +321,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(settings.threads)
     engine.allow_tf32(settings.tf32)
     try:
-        ops.choose(settings.native_kernels, torch.device(settings.device), settings.kernels)  # compiles, before anything is measured
+        implementation_of(settings)  # compiles, before anything is measured
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)

@@ -41,7 +41,7 @@ def _clamp(x, low, high):
 
 @triton.jit
 def _round(x):
-    """To the nearest whole number, halves to the even one: no digit after the point is left beside so large a number."""
+    """To the nearest whole number, halves to the even one, as a sum with so large a number is rounded."""
     largest = 6755399441055744.0 if x.dtype == tl.float64 else 12582912.0
     return (x + largest) - largest
 

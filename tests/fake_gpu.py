@@ -49,12 +49,12 @@ def backward(root: torch.autograd.graph.Node, grad: Tensor) -> None:
             call = getattr(node, 'apply', node)  # an autograd function in Python, or a node of PyTorch's
             results = call(*map(given.pop, range(len(node._input_metadata)), [None] * len(node._input_metadata)))
             results = results if isinstance(results, tuple) else (results,)
-            following = [edge for edge in node.next_functions if edge[0] is not None]
+            edges = [edge for edge in node.next_functions if edge[0] is not None]
             if call is node:
                 results = [result for result, edge in zip(results, node.next_functions, strict=True) if edge[0]]
             else:  # its results are also for what is no tensor
                 results = [result for result, needed in zip(results, node.needs_input_grad, strict=True) if needed]
-            for (following, place), result in zip(following, results, strict=True):
+            for (following, place), result in zip(edges, results, strict=True):
                 waiting[following] -= 1
                 if result is not None:
                     result = _checked(node, result, following._input_metadata[place])
@@ -62,7 +62,7 @@ def backward(root: torch.autograd.graph.Node, grad: Tensor) -> None:
                     sums[place] = result if place not in sums else sums[place] + result
                 if waiting[following] == 0:
                     ready.append(following)
-            del node, call, following, results, result, given
+            del node, call, edges, following, results, result, given
 
 
 def _checked(node: torch.autograd.graph.Node, gradient: Tensor, value: Any) -> Tensor:
@@ -95,8 +95,9 @@ class Watch(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._known:
-                self._known[key] = weakref.ref(storage, lambda _, key=key, size=storage.nbytes(): self._gone(key, size))
-                self.held += storage.nbytes()
+                size = storage.nbytes()
+                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+                self.held += size
         self.peak = max(self.peak, self.held)
 
     def _gone(self, key: int, size: int) -> None:

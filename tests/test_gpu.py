@@ -1,4 +1,4 @@
-"""What a GPU run does, without a GPU: training steps on fake tensors, device indices, and half precision that overflows.
+"""What a run on a GPU does, without one: training steps and all else that is computed there, on fake tensors.
 
 docs/gpu.md says what this proves and what it does not.
 """

@@ -37,7 +37,8 @@ def test_the_kernels_in_the_interpreter():
     """Triton reads the variable when it is imported."""
     here = Path(__file__)
     done = subprocess.run([sys.executable, '-m', 'pytest', here, here.with_name('test_products.py'), '-k',
-                           CHOSEN, '-m', 'not processes', '-p', 'no:cacheprovider', '--tb=short'], cwd=ROOT, capture_output=True, text=True,
+                           CHOSEN, '-m', 'not processes', '-p', 'no:cacheprovider', '--tb=short'],
+                          cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {'TRITON_INTERPRET': '1'})
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(re.search(r'(\d+) passed', done.stdout)[1]) >= 20
@@ -88,7 +89,7 @@ def test_attention(interpreted, scales):
     q, k, v = (torch.randn(1, 3, 2, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
     quantizers = [quantizer(scales, 1, 1, signed=signed) for signed in (True, True, True, False)]
     assert_like_the_reference(interpreted.attention(q, k, v, quantizers, 0.5), REFERENCE.attention(
-        q, k, v, quantizers, 0.5), [q, k, v, *(value for each in quantizers for value in (each.scale, each.zero_point))])
+        q, k, v, quantizers, 0.5), [q, k, v, *(value for each in quantizers for value in each[:2])])
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -137,7 +138,7 @@ for name, arguments, constants in (
 @pytest.mark.processes
 @pytest.mark.parametrize('capability', [80, 90])
 def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
-    """And need at most 64 KiB of shared memory, 128 registers a thread, and no memory for registers that are spilled."""
+    """And need at most 64 KiB of shared memory, 128 registers a thread, and spill none of them."""
     (tmp_path / 'compile.py').write_text(COMPILE)
     done = subprocess.run([sys.executable, tmp_path / 'compile.py', str(capability), tmp_path], cwd=ROOT,
                           capture_output=True, text=True, env=os.environ | {
