@@ -252,8 +252,8 @@ def data_loading(settings: Settings) -> dict[str, Any]:
 
 def inference(settings: Settings) -> dict[str, Any]:
     """Integer inference beside full precision: `deploy.py bench`."""
-    size = ('--batch-sizes', 1, '--runs', 1, '--contenders', 'torch-int', '--model',
-            'fourbits_deit_tiny_patch16_224') if settings.dry_run else ('--batch-sizes', 1, settings.batch_size, '--runs', 20)
+    small = '--batch-sizes', 1, '--runs', 1, '--contenders', 'torch-int', '--model', 'fourbits_deit_tiny_patch16_224'
+    size = small if settings.dry_run else ('--batch-sizes', 1, settings.batch_size, '--runs', 20)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / 'inference.json'
         ran(python(ROOT / 'deploy.py', 'bench', '--device', settings.device, *size, '--json', file))

@@ -138,7 +138,7 @@ for name, arguments, constants in (
 @pytest.mark.processes
 @pytest.mark.parametrize('capability', [80, 90])
 def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
-    """And need at most 64 KiB of shared memory, 128 registers a thread, and spill none of them."""
+    """And need at most 64 KiB of shared memory, 168 registers a thread, and spill none of them."""
     (tmp_path / 'compile.py').write_text(COMPILE)
     done = subprocess.run([sys.executable, tmp_path / 'compile.py', str(capability), tmp_path], cwd=ROOT,
                           capture_output=True, text=True, env=os.environ | {
@@ -154,4 +154,4 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path):
         registers, stack, local = (int(re.search(rf'{name}:(\d+)', said.stdout + said.stderr)[1])
                                    for name in ('REG', 'STACK', 'LOCAL'))
         print(file.stem, capability, registers, stack, local)
-        assert registers <= 128 and stack == local == 0, file.name
+        assert registers <= 168 and stack == local == 0, file.name
