@@ -71,7 +71,7 @@ def test_checkpoints(tmp_path, capsys):
 
 @pytest.mark.parametrize('flags, message', [
     (('--model', 'fourbit_deit_tiny_patch16_224'), 'did you mean fourbits_deit_tiny_patch16_224'),
-    (('--model', 'resnet18'), 'ResNet is no DeiT or ViT'),
+    (('--model', 'resnet18'), 'ResNet is no DeiT, ViT or Swin'),
     (('--model', TINY, '--weight-bits', '9'), '9'),
     (('--model', TINY, '--input-size', '50'), '50'),
     (('--model', 'deit_tiny_patch16_224', '--act-bits', '4'), 'act_bits'),
