@@ -149,8 +149,8 @@ def token_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], student
         ours, theirs = ours.to(dtype), theirs.detach().to(dtype)
         pairs = [(ours[:, student_prefix_tokens:], theirs[:, teacher_prefix_tokens:])]
         if student_prefix_tokens and teacher_prefix_tokens:
-            pairs += [(ours[:, :student_prefix_tokens],
-                       theirs[:, [min(i, teacher_prefix_tokens - 1) for i in range(student_prefix_tokens)]])]
+            places = [min(place, teacher_prefix_tokens - 1) for place in range(student_prefix_tokens)]
+            pairs += [(ours[:, :student_prefix_tokens], torch.stack([theirs[:, place] for place in places], 1))]
         for a, b in pairs:
             spread = (b - b.mean((0, 1))).square().mean().clamp_min(torch.finfo(b.dtype).tiny)
             terms.append((a - b).square().mean() / spread)

@@ -129,6 +129,7 @@ def fake_gpu() -> Iterator[None]:
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         torch.empty(1, device=GPU)
         patch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+        patch.setattr(FakeTensorMode, '__deepcopy__', lambda mode, memo: mode, raising=False)  # copies stay in it
         for name, value in present.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         yield
