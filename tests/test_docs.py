@@ -89,13 +89,15 @@ def test_tables_of_cost_are_those_of_the_code():
     counted = [re.sub(' +', ' ', line) for line in render(countings(small), 'markdown').splitlines()]
     assert rows_of('docs/cost.md', '| counting |')[2:] == counted[2:]
     bits = {'2': 'two', '3': 'three', '4': 'four'}
+    swin = {f'Swin-{size[0].upper()}': f'swin_{size}_patch4_window7_224' for size in ('tiny', 'small')}
     rows = rows_of('docs/cost.md', '| | params (M)')[2:]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for row in rows:
         name, *cells = [cell.strip() for cell in row.strip('|').split('|')]
-        size, number = re.fullmatch(r'(\w+), (\d) bits', name).groups()
+        size, number = re.fullmatch(r'([\w-]+), (\d) bits', name).groups()
         with torch.device('meta'):
-            cost = summary(name, timm.create_model(f'{bits[number]}bits_deit_{size}_patch16_224'))
+            network = swin.get(size, f'deit_{size}_patch16_224')
+            cost = summary(name, timm.create_model(f'{bits[number]}bits_{network}'))
         assert cells == [f'{cost["parameters"] / 1e6:.2f}', f'{cost["size_bytes"] / 1e6:.2f}',
                          f'{cost["full_precision_size_bytes"] / 1e6:.2f}', f'{cost["size_ratio"]:.2f}',
                          f'{cost["macs"] / 1e9:.3f}', f'{cost["bops"] / 1e9:.1f}', f'{cost["bops_ratio"]:.1f}',
