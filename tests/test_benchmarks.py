@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import accuracy_protocol  # noqa: E402
 import data_loading  # noqa: E402
+import gpu  # noqa: E402
 import scaling  # noqa: E402
 import training_step  # noqa: E402
 
@@ -220,3 +221,30 @@ def test_the_recipes_that_measured_best_are_those_measured(bits):
     assert {name: config[name] for name in measured} == measured
     # The protocol's cosine falls to 0 by the update, and its products are in float32.
     assert (config['sched'], config['sched-on-updates'], config['min-lr'], config['amp']) == ('cosine', True, 0, 'none')
+
+
+# --- what waits for a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_the_report_of_a_gpu_is_made_without_one(tmp_path):
+    output = tmp_path / 'report'
+    assert gpu.main(['--output', str(output), '--dry-run', '--parts', 'products', 'apex']) == 0
+    parts = json.loads(output.with_suffix('.json').read_text())['parts']
+    assert set(parts) == {'products', 'apex'} and 'apex' in parts['apex']['not measured']
+    found = parts['products']['result']
+    assert found['triton'].startswith('not measured')
+    values = [figure for name in ('reference', 'torch') for figures in found[name].values()
+              for figure in figures.values()]
+    assert len(values) > 40 and all(0 <= value < 1e-5 for value in values)  # of float32 against float64
+    assert sum(value > 1e-9 for value in values) > 40
+    text = output.with_suffix('.md').read_text()
+    assert '| products | measured in' in text and '| apex | not measured: apex' in text and 'A dry run' in text
+
+
+def test_a_report_needs_a_gpu_or_a_dry_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert gpu.main(['--output', str(tmp_path / 'report')]) == 2
+    error = 'error: PyTorch finds no GPU here: pass --dry-run to try this command on the CPU\n'
+    assert capsys.readouterr().err == error
+    assert not list(tmp_path.iterdir())
