@@ -37,10 +37,11 @@ def whole(flags, tmp_path_factory):
         fit = main.fit
 
         def fit_and_record(network, training, *rest):
-            fit(network, training, *rest)
+            finished = fit(network, training, *rest)
             state = {'model': training.model.state_dict(), 'model_ema': training.ema.module.state_dict(),
                      'optimizer': training.optimizer.state_dict()}
             torch.save(state, folder / f'rank{os.environ["RANK"]}.pth')
+            return finished
 
         main.fit = fit_and_record
 
