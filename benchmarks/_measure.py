@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -72,3 +73,44 @@ def hardware(device: str) -> str:
     cpuinfo = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
     models = [line.partition(': ')[2] for line in cpuinfo if line.startswith('model name')] or [platform.machine()]
     return f'{models[0]}, {os.cpu_count()} cores'
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def nested_list(value: Any, indent: int = 0) -> list[str]:
+    """A nested list of what was found; what single forwards took stays in the JSON file."""
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            item = {row.get('label') or row.get('workers', number): {
+                name: cell for name, cell in row.items() if name not in ('all', 'ms', 'label')} | {
+                f'median ms, batch {count}': sorted(ms)[len(ms) // 2] for count, ms in row.get('ms', {}).items() if ms}
+                for number, row in enumerate(item)}
+        if isinstance(item, dict):
+            lines += [f'{"  " * indent}- {key}', *nested_list(item, indent + 1)]
+        else:
+            lines.append(f'{"  " * indent}- {key}: {item}')
+    return lines
+
+
+def step_rows(result: dict[str, Any]) -> list[str]:
+    """The columns of docs/training_speed.md."""
+    lines = ['| | | full precision (ms) | quantized (ms) | time ratio | images/s, full | quantized | full precision '
+             '(MB) | quantized (MB) | memory ratio |', '|---|---|' + '--:|' * 8]
+    both, notes = ('full precision', 'quantized'), []
+    for form, found in result.items():
+        if isinstance(found, str):
+            notes.append(f'- {form}: {found}')
+            continue
+        for mode, row in found['rows'].items():
+            numbers = [*(f'{row["median_ms"][name]:.1f}' for name in both), f'{row["time_ratio"]:.2f}',
+                       *(f'{row["images_per_second"][name]:.1f}' for name in both)]
+            numbers += ['', '', ''] if row['memory_ratio'] is None else [
+                *(f'{row["memory_mb"][name]:.0f}' for name in both), f'{row["memory_ratio"]:.2f}']
+            lines.append(f'| {form} | {mode} | {" | ".join(numbers)} |')
+        step = sum(part['quantized'] for part in found['parts_ms'].values())
+        parts = ', '.join(f'{part} {ms["quantized"]:.1f} ms' for part, ms in found['parts_ms'].items())
+        notes.append(f'- {form}: {parts}; DGD by itself {found["dgd_ms"]["d x d"]:.1f} ms, '
+                     f'{found["dgd_ms"]["d x d"] / step:.1%} of the step')
+    return [*lines, '', *notes]

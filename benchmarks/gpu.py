@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import hardware, versions
+from _measure import hardware, nested_list, step_rows, versions
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -323,7 +323,7 @@ def markdown(results: dict[str, Any]) -> str:
         if 'result' not in part:
             continue
         lines += ['', f'## {name}', '']
-        lines += _step_rows(part['result']) if name == 'training-step' else _lines(part['result'])
+        lines += step_rows(part['result']) if name == 'training-step' else nested_list(part['result'])
     return '\n'.join(lines) + '\n'
 
 
@@ -331,44 +331,6 @@ def _state(part: dict[str, Any]) -> str:
     if 'result' in part:
         return f'measured in {part["seconds"]:.0f} s'
     return next(f'{state}: {part[state]}' for state in ('not measured', 'failed') if state in part)
-
-
-def _lines(value: Any, indent: int = 0) -> list[str]:
-    """A nested list of what was found; what single forwards took stays in the JSON file."""
-    lines = []
-    for key, item in value.items():
-        if isinstance(item, list) and item and isinstance(item[0], dict):
-            item = {row.get('label') or row.get('workers', number): {
-                name: cell for name, cell in row.items() if name not in ('all', 'ms', 'label')} | {
-                f'median ms, batch {count}': sorted(ms)[len(ms) // 2] for count, ms in row.get('ms', {}).items() if ms}
-                for number, row in enumerate(item)}
-        if isinstance(item, dict):
-            lines += [f'{"  " * indent}- {key}', *_lines(item, indent + 1)]
-        else:
-            lines.append(f'{"  " * indent}- {key}: {item}')
-    return lines
-
-
-def _step_rows(result: dict[str, Any]) -> list[str]:
-    """The columns of docs/training_speed.md."""
-    lines = ['| | | full precision (ms) | quantized (ms) | time ratio | images/s, full | quantized | full precision '
-             '(MB) | quantized (MB) | memory ratio |', '|---|---|' + '--:|' * 8]
-    both, notes = ('full precision', 'quantized'), []
-    for form, found in result.items():
-        if isinstance(found, str):
-            notes.append(f'- {form}: {found}')
-            continue
-        for mode, row in found['rows'].items():
-            numbers = [*(f'{row["median_ms"][name]:.1f}' for name in both), f'{row["time_ratio"]:.2f}',
-                       *(f'{row["images_per_second"][name]:.1f}' for name in both)]
-            numbers += ['', '', ''] if row['memory_ratio'] is None else [
-                *(f'{row["memory_mb"][name]:.0f}' for name in both), f'{row["memory_ratio"]:.2f}']
-            lines.append(f'| {form} | {mode} | {" | ".join(numbers)} |')
-        step = sum(part['quantized'] for part in found['parts_ms'].values())
-        parts = ', '.join(f'{part} {ms["quantized"]:.1f} ms' for part, ms in found['parts_ms'].items())
-        notes.append(f'- {form}: {parts}; DGD by itself {found["dgd_ms"]["d x d"]:.1f} ms, '
-                     f'{found["dgd_ms"]["d x d"] / step:.1%} of the step')
-    return [*lines, '', *notes]
 
 
 def parse_args(argv: Sequence[str]) -> Settings:

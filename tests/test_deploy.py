@@ -243,7 +243,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     assert left.value.code == 0
     commands = [deploy.get_args_parser().parse_args(example.split()).command for example in examples]
     if command == '':
-        assert commands == ['pack', 'inspect', 'eval', 'predict', 'onnx', 'bench']
+        assert commands == ['pack', 'inspect', 'eval', 'predict', 'onnx', 'bench', 'push']
     else:
         assert commands and set(commands) == {command}
 
@@ -268,7 +268,7 @@ def test_examples_of_the_help_are_right(command, capsys):
     ('predict text.pth --packed packed.safetensors --device teapot', '--device teapot cannot be used'),
     ('eval packed.safetensors --limit 0', '--limit 0: choose a value of at least 1'),
     ('eval packed.safetensors --data-path .', '--data-path .: the data set is DIGITS, which comes with'),
-    ('eval packed.safetensors --data-set IMNET', 'packed.safetensors is of IMNET: pass its --data-path'),
+    ('eval packed.safetensors --data-set IMNET', '--data-set IMNET needs --data-path'),
     ('eval packed.safetensors --data-set IMNET --data-path nowhere', '--data-path nowhere is not a folder'),
     ('eval packed.safetensors --data-set IMNET --data-path photographs', 'has 1 class folders, not 10'),
     ('eval packed.safetensors --arithmetic int4', "invalid choice: 'int4'"),

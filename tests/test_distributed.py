@@ -128,7 +128,8 @@ def test_three_ranks_continue_bit_for_bit(tmp_path):
     """From three on, the order in which ranks' gradients are added depends on their place in DDP's buckets."""
     flags = (*TINY, '--epochs', 2, '--batch-size', 64)
     fork_ranks(tmp_path / 'whole', *flags, '--output_dir', tmp_path / 'whole', number=3)
-    fork_ranks(tmp_path / 'first', *flags, '--output_dir', tmp_path / 'run', number=3, prepare=stop_after_an_epoch)
+    fork_ranks(tmp_path / 'first', *flags, '--output_dir', tmp_path / 'run', number=3, prepare=stop_after_an_epoch,
+               status=143)
     assert read_checkpoint(tmp_path / 'run' / 'checkpoint.pth')['epoch'] == 0
     fork_ranks(tmp_path / 'second', *flags, '--output_dir', tmp_path / 'run', '--resume', 'auto', number=3)
     ours, expected = (read_checkpoint(tmp_path / name / 'checkpoint.pth') for name in ('run', 'whole'))
@@ -158,9 +159,10 @@ def test_accumulated_gradients_are_reduced_once_an_update(tmp_path):
                 return allreduce_hook(group, bucket)
 
             network.register_comm_hook(None, count_and_reduce)
-            fit(network, *rest)
+            finished = fit(network, *rest)
             torch.save({'reduced': reduced, 'trained': sum(p.requires_grad for p in network.parameters()),
                         'views': network.gradient_as_bucket_view}, tmp_path / f'{os.environ["RANK"]}.pth')
+            return finished
 
         main.fit = fit_and_count
 
@@ -196,7 +198,7 @@ def test_slurm_variables_and_one_line_for_all_ranks(tmp_path):
     assert [rank.wait() for rank in ranks] == [2, 2]
     errors = [line for rank in ranks for line in rank.stderr.read_text().splitlines() if line.startswith('error: ')]
     assert errors == ['error: --batch-size 722, but an epoch has 721 images for each process: choose a smaller one']
-    assert '"world_size": 2' in ranks[0].stdout.read_text() and ranks[1].stdout.read_text() == ''
+    assert '--world-size 2' in ranks[0].stdout.read_text() and ranks[1].stdout.read_text() == ''
 
 
 @pytest.mark.parametrize(('variables', 'expected'), [

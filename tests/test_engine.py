@@ -191,7 +191,8 @@ def test_a_compiled_network_keeps_its_names(tmp_path, monkeypatch):
     assert run(*flags) == 0
     names = list(read_checkpoint(tmp_path / 'checkpoint.pth')['model'])
     assert run(*flags, '--compile') == 0
-    assert list(read_checkpoint(tmp_path / 'checkpoint.pth')['model']) == names and compiled == ['QVisionTransformer']
+    assert list(read_checkpoint(tmp_path / 'checkpoint.pth')['model']) == names and compiled == [
+        'QVisionTransformerDistilled']
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
