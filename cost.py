@@ -16,26 +16,21 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch.nn as nn
 
 from analysis.cost import CONVENTIONS, Row, countings, layers, render, summary
-from analysis.images import stacked
 from analysis.precision import analyse, manifest
-from analysis.sensitivity import sensitivity
-from calibration.closed_form import check_kind
 from checkpoints.descriptions import check_options
 from checkpoints.full_precision import load_full_precision
 from checkpoints.networks import create_network, network_info, open_checkpoint, read_network
 from console.parser import Parser, file_path, key_value, path_text
-from datasets import choose_data_set
 from files.paths import check_file
-from training.data import build_eval_dataset, source_of
 from training.flags import add_data_arguments, bits, class_count, crop_ratio, image_size, positive_int
 from utils import UserError, entry_point, write_whole_text
-from visualize import import_figures
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -84,7 +79,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.picture is not None:
         if not args.sensitivity:
             raise UserError('--picture is one of --sensitivity')
-        import_figures().check_output(args.picture)
+        _figures().check_output(args.picture)
     if args.packed is None:
         return
     if len(args.model) > 1 or args.per_layer or args.manifest or args.countings:
@@ -116,12 +111,25 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module]]:
     return [(opened.info.model, opened.model)]
 
 
+def _figures() -> ModuleType:
+    from visualize import import_figures  # which takes seconds to import
+
+    return import_figures()
+
+
 def measure_sensitivity(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """By kind of tensor, what it costs in each block when it alone is quantized, see `analysis.sensitivity`.
 
     Raises:
         UserError: the file is no full-precision start of the network, or its images are not here.
     """
+    # These take seconds to import, and no other report needs them.
+    from analysis.images import stacked
+    from analysis.sensitivity import sensitivity
+    from calibration.closed_form import check_kind
+    from datasets import choose_data_set
+    from training.data import build_eval_dataset, source_of
+
     kwargs, checkpoint = _options(args), read_network(args.checkpoint)
     held = network_info(args.checkpoint, checkpoint, None if 'qvit' in checkpoint else args.model[0], kwargs,
                         args.input_size)
@@ -138,7 +146,7 @@ def measure_sensitivity(args: argparse.Namespace) -> dict[str, np.ndarray]:
 def sensitivity_rows(args: argparse.Namespace) -> list[Row]:
     found = measure_sensitivity(args)
     if args.picture is not None:
-        figures = import_figures()
+        figures = _figures()
         figures.save(figures.sensitivity_figure(found), args.picture)
     return [{'tensor': name, 'all': round(1000 * values.sum(), 1)}
             | {f'{block}': round(1000 * value, 1) for block, value in enumerate(values)}

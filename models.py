@@ -13,6 +13,7 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from utils import UserError
 
@@ -146,11 +147,28 @@ def is_quantized(model: nn.Module) -> bool:
     return hasattr(model, 'quant')
 
 
-def refuse_tracing() -> None:
-    """Refuses the calls of torch.jit.trace and torch.onnx.export, which cannot follow a quantized network."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        raise UserError('torch.jit.trace and torch.onnx.export cannot follow a quantized network: python deploy.py '
-                        'onnx FILE --output model.onnx writes its ONNX file, torch.export.export its graph')
+class QuantizedNetwork:
+    """How quantized networks are called; timm's class is to stand behind this one among their bases."""
+
+    def run_block(self, block: nn.Module, x: Tensor, is_recomputed: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The block's output, and its q and k; in training, `is_recomputed` lets the backward compute them again."""
+        if is_recomputed and self.training:
+            return checkpoint(block, x, True, use_reentrant=False)
+        return block(x, return_qk=True)
+
+    def forward(self, x: Tensor, return_blocks: bool = False) -> Tensor | tuple[Tensor, list[BlockOutputs]]:
+        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block]).
+
+        Raises:
+            UserError: the call is one of torch.jit.trace or torch.onnx.export, which cannot follow it.
+        """
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            raise UserError('torch.jit.trace and torch.onnx.export cannot follow a quantized network: python deploy.py '
+                            'onnx FILE --output model.onnx writes its ONNX file, torch.export.export its graph')
+        if not return_blocks:
+            return self.forward_head(self.forward_features(x))
+        x, outputs = self.forward_features(x, return_blocks=True)
+        return self.forward_head(x), outputs
 
 
 def take_fixed_options(options: dict, fixed: dict) -> None:

@@ -28,12 +28,11 @@ from timm.models.swin_transformer import (
     window_reverse,
 )
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from _quan_base import LinearQ
 from checkpoints.full_precision import adapt_full_precision
 from checkpoints.states import is_quantizer_entry
-from models import BlockOutputs, refuse_tracing, take_fixed_options
+from models import BlockOutputs, QuantizedNetwork, take_fixed_options
 from quant_vision_transformer import BITS, EDGE_BITS, QK, QAttention, QMlp, QPatchEmbed, QuantConfig
 
 __all__ = ['QPatchMerging', 'QSwinBlock', 'QSwinTransformer', 'QWindowAttention', 'Windows', 'neighbours',
@@ -203,7 +202,7 @@ class QPatchMerging(PatchMerging):
         return merged if x.ndim == 3 else merged.unflatten(1, self.output_resolution)
 
 
-class QSwinTransformer(SwinTransformer):
+class QSwinTransformer(QuantizedNetwork, SwinTransformer):
     """Fully quantized Swin transformer, for images of its own size.
 
     What else reads it asks for the members that docs/architecture.md lists.
@@ -286,26 +285,11 @@ class QSwinTransformer(SwinTransformer):
         for stage in self.layers:
             x = stage.downsample(x)
             for block in stage.blocks:
-                if stage.grad_checkpointing and self.training:
-                    x, qk = checkpoint(block, x, True, use_reentrant=False)
-                else:
-                    x, qk = block(x, return_qk=True)
+                x, qk = self.run_block(block, x, stage.grad_checkpointing)
                 if return_blocks:
                     outputs.append(BlockOutputs(x.flatten(1, 2), *qk))
         x = self.norm(x)
         return (x, outputs) if return_blocks else x
-
-    def forward(self, x: Tensor, return_blocks: bool = False):
-        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block]).
-
-        Raises:
-            UserError: see `refuse_tracing`.
-        """
-        refuse_tracing()
-        if not return_blocks:
-            return self.forward_head(self.forward_features(x))
-        x, outputs = self.forward_features(x, return_blocks=True)
-        return self.forward_head(x), outputs
 
 
 def _check_pooling(global_pool: str, num_classes: int) -> None:

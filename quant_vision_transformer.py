@@ -25,13 +25,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import ops
 from _quan_base import ActQ, Conv2dQ, GeluLinearQ, LinearQ
 from checkpoints.full_precision import adapt_full_precision
 from checkpoints.states import is_quantizer_entry
-from models import BlockOutputs, refuse_tracing, take_fixed_options
+from models import BlockOutputs, QuantizedNetwork, take_fixed_options
 
 __all__ = ['QAttention', 'QBlock', 'QMlp', 'QPatchEmbed', 'QVisionTransformer', 'QVisionTransformerDistilled',
            'QuantConfig']  # and every variant
@@ -192,7 +191,7 @@ class QPatchEmbed(PatchEmbed):
         super().set_input_size(img_size=img_size)
 
 
-class QVisionTransformer(VisionTransformer):
+class QVisionTransformer(QuantizedNetwork, VisionTransformer):
     """Fully quantized ViT with one head, on the class token or on the mean of the patch tokens.
 
     What else reads it asks for the members that docs/architecture.md lists.
@@ -281,22 +280,11 @@ class QVisionTransformer(VisionTransformer):
         x = self.embed(x)
         outputs = []
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x, qk = checkpoint(block, x, True, use_reentrant=False)
-            else:
-                x, qk = block(x, return_qk=True)
+            x, qk = self.run_block(block, x, self.grad_checkpointing)
             if return_blocks:
                 outputs.append(BlockOutputs(x, *qk))
         x = self.norm(x)
         return (x, outputs) if return_blocks else x
-
-    def forward(self, x: Tensor, return_blocks: bool = False):
-        """(B, C, H, W) -> logits; with return_blocks (logits, [BlockOutputs of every block])."""
-        refuse_tracing()
-        if not return_blocks:
-            return self.forward_head(self.forward_features(x))
-        x, outputs = self.forward_features(x, return_blocks=True)
-        return self.forward_head(x), outputs
 
 
 def _check_pooling(global_pool: str, has_class_token: bool, num_classes: int) -> None:

@@ -1,18 +1,19 @@
 """What each tensor of a network costs when it alone is quantized: where the accuracy of a low-bit network goes."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from _quan_base import ActQ, LinearQ, named_quantizers
+from _quan_base import ActQ, named_quantizers
 from calibration.closed_form import check_kind, fit_activation
-from calibration.full_precision import FullPrecision, heads_of, join_windows, split_windows
+from calibration.full_precision import FullPrecision, full_precision_block
 from calibration.scales import weight_scales
-from ops import clipped_gelu
-from quant_vision_transformer import QBlock, QVisionTransformer
+from quant_vision_transformer import QVisionTransformer
 
 __all__ = ['sensitivity']
 
@@ -46,9 +47,9 @@ def sensitivity(model: QVisionTransformer, images: Tensor) -> dict[str, np.ndarr
     found = {}
     for index, block in enumerate(full.model.blocks):
         quantizers = dict(named_quantizers(block))
+        given = full.transition(index, streams[index])
         for name in sorted(quantizers, key=_ORDER.index):
-            given = full.transition(index, streams[index])
-            changed = _block_with_one(block, given, quantizers[name], full.has_irm)
+            changed = full_precision_block(block, given, full.has_irm, _alone(quantizers[name]))
             logits = full.head(_onwards(full, changed, index + 1, full.depth))
             divergence = F.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction='batchmean')
             found.setdefault(name, np.zeros(full.depth))[index] = divergence.item()
@@ -66,26 +67,13 @@ def _onwards(full: FullPrecision, x: Tensor, first: int, last: int) -> Tensor:
     return x
 
 
-def _block_with_one(block: QBlock, x: Tensor, wanted: nn.Module, has_irm: bool) -> Tensor:
-    """The output of a block in which `wanted`, one of its quantizers, is the only one."""
-    def act(quantizer: ActQ, values: Tensor) -> Tensor:
-        return fit_activation(quantizer, values, 1 if values.ndim == 4 else -1) if quantizer is wanted else values
-
-    def linear(layer: LinearQ, values: Tensor) -> Tensor:
-        weight = layer.weight
-        if layer is wanted:
-            layer.set_qparams(weight_scales(weight, *layer.code_range))
-            weight = layer.quantized_weight()
-        return F.linear(act(layer.act, values), weight, layer.bias)
-
-    attn, mlp = block.attn, block.mlp
-    q, k, v = heads_of(attn, linear(attn.qkv, split_windows(block, block.norm1(x))))
-    if has_irm:
-        q, k = attn.norm_q(q), attn.norm_k(k)
-    if attn.quantize_attn:
-        q, k, v = act(attn.q_act, q), act(attn.k_act, k), act(attn.v_act, v)
-        out = act(attn.attn_act, attn.probabilities(q, k)) @ v
-    else:
-        out = attn.attend(q, k, v)
-    x = x + block.ls1(join_windows(block, linear(attn.proj, out.transpose(1, 2).flatten(2))))
-    return x + block.ls2(linear(mlp.fc2, clipped_gelu(linear(mlp.fc1, block.norm2(x)))))
+def _alone(wanted: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Quantizes what the quantizer `wanted` does, and leaves everything else as it is."""
+    def change(quantizer: nn.Module, values: Tensor) -> Tensor:
+        if quantizer is not wanted:
+            return values
+        if isinstance(quantizer, ActQ):
+            return fit_activation(quantizer, values, 1 if values.ndim == 4 else -1)
+        quantizer.set_qparams(weight_scales(values, *quantizer.code_range))
+        return quantizer.quantized_weight()
+    return change

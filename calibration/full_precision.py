@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,12 +16,19 @@ from ops import clipped_gelu
 from quant_vision_transformer import QAttention, QBlock, QVisionTransformer
 
 __all__ = ['FullPrecision', 'fold_layer_scale', 'full_precision', 'full_precision_attention',
-           'full_precision_merging', 'heads_of', 'join_windows', 'split_windows', 'transitions']
+           'full_precision_block', 'full_precision_merging', 'heads_of', 'join_windows', 'split_windows', 'transitions']
 
 
-def full_precision(layer: LinearQ, x: Tensor) -> Tensor:
+Change = Callable[[nn.Module, Tensor], Tensor]  # a quantizer, and what it would quantize -> what is taken instead
+
+
+def _unchanged(quantizer: nn.Module, values: Tensor) -> Tensor:
+    return values
+
+
+def full_precision(layer: LinearQ, x: Tensor, change: Change = _unchanged) -> Tensor:
     """What the layer computes without its quantizers."""
-    return F.linear(x, layer.weight, layer.bias)
+    return F.linear(change(layer.act, x), change(layer, layer.weight), layer.bias)
 
 
 def heads_of(attn: QAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,21 +80,39 @@ class FullPrecision:
         return sum(full_precision(head, given) if isinstance(head, LinearQ) else given
                    for head, given in zip(heads, inputs, strict=True)) / len(heads)
 
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits, see `head`."""
+        x = self.embed(images)
+        for index in range(self.depth):
+            x = self.block(index, self.transition(index, x))
+        return self.head(x)
 
-def full_precision_attention(attn: QAttention, x: Tensor, has_irm: bool) -> tuple[Tensor, Tensor, Tensor]:
+
+def full_precision_attention(attn: QAttention, x: Tensor, has_irm: bool, change: Change = _unchanged,
+                             ) -> tuple[Tensor, Tensor, Tensor]:
     """What Q-Attention computes without quantizers, (B, N, dim), and the q and k of its scores, (B, H, N, d)."""
-    q, k, v = heads_of(attn, full_precision(attn.qkv, x))
+    q, k, v = heads_of(attn, full_precision(attn.qkv, x, change))
     if has_irm:
         q, k = attn.norm_q(q), attn.norm_k(k)
-    return full_precision(attn.proj, attn.attend(q, k, v).transpose(1, 2).flatten(2)), q, k
+    if attn.quantize_attn and change is not _unchanged:  # which is shown the probabilities
+        probabilities = attn.probabilities(change(attn.q_act, q), change(attn.k_act, k))
+        out = change(attn.attn_act, probabilities) @ change(attn.v_act, v)
+    else:
+        out = attn.attend(q, k, v)
+    return full_precision(attn.proj, out.transpose(1, 2).flatten(2), change), q, k
 
 
-def full_precision_block(block: QBlock, x: Tensor, has_irm: bool) -> Tensor:
-    """What a block computes without quantizers, (B, N, dim)."""
+def full_precision_block(block: QBlock, x: Tensor, has_irm: bool, change: Change = _unchanged) -> Tensor:
+    """What a block computes without quantizers, (B, N, dim).
+
+    Args:
+        change: takes the place of the quantizers; what they would quantize is left as it is unless given.
+    """
     mlp = block.mlp
-    attended = full_precision_attention(block.attn, split_windows(block, block.norm1(x)), has_irm)[0]
+    attended = full_precision_attention(block.attn, split_windows(block, block.norm1(x)), has_irm, change)[0]
     x = x + block.ls1(join_windows(block, attended))
-    return x + block.ls2(full_precision(mlp.fc2, clipped_gelu(full_precision(mlp.fc1, block.norm2(x)))))
+    hidden = clipped_gelu(full_precision(mlp.fc1, block.norm2(x), change))
+    return x + block.ls2(full_precision(mlp.fc2, hidden, change))
 
 
 def transitions(model: nn.Module) -> dict[int, nn.Module]:

@@ -108,9 +108,12 @@ def _through(block: nn.Module, x: Tensor) -> Tensor:
 class _Learner:
     """Blocks that learn, and how far they are.
 
+    Args:
+        images, epochs, batch_size, seed: how many there are, how often each is seen, and in what batches and order.
+        rate: in units of RATES.
+
     Attributes:
         batches: indices of the images of each update.
-        rate: in units of RATES.
         update: how many are done.
     """
 
@@ -121,7 +124,7 @@ class _Learner:
             group['initial_lr'] *= rate
         generator = torch.Generator().manual_seed(seed)
         order = [torch.randperm(images, generator=generator) for _ in range(epochs)]
-        self.batches = torch.cat([torch.empty(0, dtype=torch.int64), *order]).split(batch_size) if epochs else ()
+        self.batches = torch.cat(order).split(batch_size) if epochs else ()
         self.blocks, self.optimizer, self.update = blocks, torch.optim.Adam(groups, betas=(0.9, 0.99)), 0
 
     def learn(self, loss_of: Callable[[int, Tensor], Tensor], logger: MetricLogger, last: int) -> None:
@@ -257,20 +260,20 @@ def reconstruct(model: QVisionTransformer, images: Tensor, config: Reconstructio
                 fit_heads(model, _through(block, x[:FITTED]))
             kept.keep(index + 1)
         x_full, x = target, _through(block, x)
-    _tune(model, full, images, x[_learned_from(len(images)):], x_full[_learned_from(len(images)):], config, kept)
+    _tune(model, full, images, full.head(x_full[_learned_from(len(images)):]), config, kept)
     synchronize(model)
     model.train(was_training)
     kept.remove()
 
 
-def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, x: Tensor, x_full: Tensor,
-          config: Reconstruction, kept: _Progress) -> None:
+def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, wanted: Tensor, config: Reconstruction,
+          kept: _Progress) -> None:
     """Lets the later half of the blocks learn the full-precision network's class probabilities.
 
     Early blocks would lose more by the rates at which the later ones gain: what they give is used everywhere.
 
     Args:
-        x, x_full: the last block's output of the held-out images, in both networks.
+        wanted: the full-precision network's logits of the held-out images.
     """
     split, device = _learned_from(len(images)), next(model.parameters()).device
     learner = _Learner(model.blocks[full.depth // 2:], split, config.tuning, 2 * config.batch_size, config.seed,
@@ -286,15 +289,11 @@ def _tune(model: QVisionTransformer, full: FullPrecision, images: Tensor, x: Ten
     def loss_of(update: int, drawn: Tensor) -> Tensor:
         views = view_of(images[drawn], config.seed * count + update).to(device)
         with torch.no_grad():
-            stream = full.embed(views)
-            for index in range(full.depth):
-                stream = full.block(index, full.transition(index, stream))
-            wanted = full.head(stream)
-        return divergence(model(views), wanted)
+            target = full(views)
+        return divergence(model(views), target)
 
     def held_out_error() -> float:
-        return divergence(torch.cat([model(chunk.to(device)) for chunk in images[split:].split(CHUNK)]),
-                          full.head(x_full)).item()
+        return divergence(torch.cat([model(chunk.to(device)) for chunk in images[split:].split(CHUNK)]), wanted).item()
 
     start, before = _copied(model), held_out_error()
     kept.continue_learning(learner)
@@ -350,7 +349,6 @@ class _Progress:
         if learner is None:
             self.finished = _copied(self.model)
         else:
-            self.finished = self.finished or _copied(self.model)
             self.tuned = {'update': learner.update, 'model': self.model.state_dict(),
                           'optimizer': learner.optimizer.state_dict()}
         self.path.parent.mkdir(parents=True, exist_ok=True)

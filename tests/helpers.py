@@ -47,6 +47,11 @@ def require(package: str) -> ModuleType:
     return pytest.importorskip(package)
 
 
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The error of what was found, by norms."""
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
 def run(*flags: object) -> int:
     """main.py in this process: its exit status."""
     return main.main([str(flag) for flag in flags])

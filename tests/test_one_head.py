@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import FORMS, ROOT, TINY, run
+from helpers import FORMS, ROOT, TINY, relative, run
 from torch import nn
 
 import cost
@@ -59,19 +59,6 @@ def images(form: str = 'vit', count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-@torch.no_grad()
-def without_quantizers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    full = FullPrecision(model)
-    x = full.embed(x)
-    for index in range(full.depth):
-        x = full.block(index, x)
-    return full.head(x)
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
-
-
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +66,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_without_quantizers_it_is_timms_network(form):
     net, x = timms(form), images(form)
     with torch.no_grad():
-        torch.testing.assert_close(without_quantizers(student(net, form), x), net(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(FullPrecision(student(net, form))(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 @EVERY_FORM
@@ -172,7 +159,7 @@ def test_weights_of_another_form_compute_the_same(start):
     notes = load_full_precision(model, net.state_dict())
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
     with torch.no_grad():
-        torch.testing.assert_close(without_quantizers(model, x), net(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(FullPrecision(model)(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 def dino_file(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -198,7 +185,7 @@ def test_dino_files(form, wrapped):
     net.reset_classifier(0)
     model.reset_classifier(0)
     with torch.no_grad():
-        torch.testing.assert_close(without_quantizers(model, x), net(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(FullPrecision(model)(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 def test_deit3_names():
@@ -210,7 +197,7 @@ def test_deit3_names():
         model = quantized(form)
         load_full_precision(model, {'model': state})
         with torch.no_grad():
-            torch.testing.assert_close(without_quantizers(model, x), net(x), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(FullPrecision(model)(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('form', ['vit', 'deit3', 'registers', 'gap with registers'])
@@ -257,11 +244,11 @@ def test_what_cannot_be_taken_is_said_in_a_line(theirs, options, said):
 def test_folded_layer_scale_is_the_same_block():
     net, x = timms('layer scale'), images()
     model = student(net, 'layer scale')
-    before = without_quantizers(model, x)
+    before = FullPrecision(model)(x)
     for block in model.blocks:
         fold_layer_scale(block)
         assert (block.ls1.gamma == 1).all() and (block.ls2.gamma == 1).all()
-    torch.testing.assert_close(without_quantizers(model, x), before, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(FullPrecision(model)(x), before, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('form', ['vit', 'dinov2 registers', 'gap with registers', 'average', 'clip'])
@@ -271,7 +258,7 @@ def test_information_has_a_matrix_for_every_prefix_token(form):
     full, prefix = FullPrecision(student(net, form)), net.num_prefix_tokens
     found = fisher_information(full, x)
     assert [matrix.shape for matrix in found] == [(prefix + 1, 48, 48)] * 2
-    logits = without_quantizers(student(net, form), x)
+    logits = FullPrecision(student(net, form))(x)
     drawn = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
     wanted = torch.zeros(prefix + 1, 48, 48).double()
     for image, label in zip(x, drawn, strict=True):

@@ -7,7 +7,7 @@ import re
 import pytest
 import timm
 import torch
-from helpers import run
+from helpers import relative, run
 from torch import nn
 
 import cost
@@ -72,19 +72,6 @@ def images(form: str = 'whole windows', count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-@torch.no_grad()
-def without_quantizers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    full = FullPrecision(model)
-    x = full.embed(x)
-    for index in range(full.depth):
-        x = full.block(index, full.transition(index, x))
-    return full.head(x)
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
-
-
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +79,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_without_quantizers_it_is_timms_network(form):
     net, x = timms(form), images(form)
     with torch.no_grad():
-        torch.testing.assert_close(without_quantizers(student(net, form), x), net(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(FullPrecision(student(net, form))(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 @EVERY_FORM
@@ -221,7 +208,7 @@ def test_files_of_swins_authors_compute_the_same():
     model = quantized()
     assert load_full_precision(model, {'model': state}) == []
     with torch.no_grad():
-        torch.testing.assert_close(without_quantizers(model, x), net(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(FullPrecision(model)(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_adapted_is_said():

@@ -43,14 +43,6 @@ def student(net: nn.Module, **options) -> nn.Module:
     return model.eval()
 
 
-def full_precision_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    full = FullPrecision(model)
-    x = full.embed(images)
-    for index in range(full.depth):
-        x = full.block(index, x)
-    return full.head(x)
-
-
 # --- twin tokens ------------------------------------------------------------------------------------------------------
 
 
@@ -62,9 +54,9 @@ def test_a_second_token_changes_nothing_where_queries_are_alike():
     model, images = student(net, depth=1).double(), torch.randn(2, 3, 32, 32).double()
     assert model.has_twin_tokens
     with torch.no_grad():
-        wanted, doubled = net(images), full_precision_logits(model, images)
+        wanted, doubled = net(images), FullPrecision(model)(images)
         halve_attention_to_twins(model, images)
-        halved = full_precision_logits(model, images)
+        halved = FullPrecision(model)(images)
     assert (doubled - wanted).abs().max() > 1e-2
     torch.testing.assert_close(halved, wanted, rtol=0, atol=1e-4)
 
@@ -77,9 +69,9 @@ def test_a_second_token_changes_less_in_any_network(qkv_bias):
             block.attn.qkv.bias.data[:64] *= 10  # queries have much in common
     model, images = student(net, qkv_bias=qkv_bias), torch.randn(16, 3, 32, 32)
     with torch.no_grad():
-        doubled = (full_precision_logits(model, images) - net(images)).norm()
+        doubled = (FullPrecision(model)(images) - net(images)).norm()
         halve_attention_to_twins(model, images)
-        assert (full_precision_logits(model, images) - net(images)).norm() < 0.7 * doubled
+        assert (FullPrecision(model)(images) - net(images)).norm() < 0.7 * doubled
 
 
 def test_only_weights_without_a_distillation_token_make_twins():
@@ -254,7 +246,7 @@ def test_tuning_is_kept_where_held_out_images_gain(is_better, monkeypatch, capsy
 
     wanted = student(net)
     halve_attention_to_twins(wanted, images)
-    wanted = full_precision_logits(wanted, images[56:]).log_softmax(-1)
+    wanted = FullPrecision(wanted)(images[56:]).log_softmax(-1)
 
     def error(model):
         return F.kl_div(model(images[56:]).log_softmax(-1), wanted, log_target=True, reduction='batchmean').item()
